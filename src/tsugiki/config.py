@@ -1,0 +1,342 @@
+"""What a user can ask for: frozen sections, one source of defaults and of help texts.
+
+Flags, YAML keys, the docs' option table and the run folder's `config.yaml` are all generated
+from these fields. `None` means "the planner chooses, and prints why" (`planning.py`). Knows
+nothing of models, data or hardware, and imports no torch.
+
+Precedence: flag > `--config` file > `--preset` > chosen default.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from tsugiki.errors import UsageError, did_you_mean
+
+FORMAT_VERSION = 1
+
+TrainOn = Literal["assistant", "last", "everything"]
+Long = Literal["skip", "window", "split"]
+Method = Literal["lora", "full"]
+Scheduler = Literal["cosine", "linear", "constant"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def option(flag: str, text: str, default: Any = None) -> Any:
+    """A field that is also a command-line flag, with the same help text everywhere."""
+    return Field(default=default, description=text, json_schema_extra={"flag": flag})
+
+
+class Section(BaseModel):
+    """Frozen, refuses unknown keys, and is validated also where a default is used."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    """Which base, and how it is loaded."""
+
+    name: str | None = option("--model", "local folder or Hub name; default: the embedded sprout")
+    revision: str | None = option("--revision", "branch, tag or commit on the Hub")
+    trust_remote_code: bool = option(
+        "--trust-remote-code", "allow a model folder to run its own Python code", False
+    )
+    device: str = option("--device", "auto, cpu, cuda, cuda:N or mps", "auto")
+    dtype: DType = option("--dtype", "compute type; auto takes a short timing probe", "auto")
+
+
+class DataConfig(Section):
+    """Which rows, how they become prompts and answers, and what is trained."""
+
+    path: Path | None = option("--data", "file or folder: JSONL, JSON, CSV, TSV, Parquet, text")
+    eval_data: Path | None = option("--eval-data", "held-out rows in a file of their own")
+    eval_ratio: float | None = option(
+        "--eval-ratio", "share of rows held out (0 for none); default 0.1, at most 200 rows"
+    )
+    columns: dict[str, str] = option(
+        "--columns", "which columns hold what: prompt=question,answer=choice[label]", {}
+    )
+    prompt_template: str | None = option(
+        "--prompt-template", "prompt made of columns, e.g. 'Q: {question}'"
+    )
+    answer_template: str | None = option(
+        "--answer-template", "answer made of columns, e.g. '{choice[label]}'"
+    )
+    template: Literal["chatml", "alpaca", "instruction-ja", "plain"] | None = option(
+        "--template",
+        "chat format where the tokenizer has none: chatml, alpaca, instruction-ja, plain",
+    )
+    train_on: TrainOn = option(
+        "--train-on", "assistant: every answer; last: the last one; everything", "assistant"
+    )
+    max_length: int | None = option("--max-length", "longest example in tokens")
+    long: Long | None = option(
+        "--long", "longer rows: skip, window (drop the oldest context), split (raw text)"
+    )
+    strict: bool = option("--strict", "stop at the first row that would be skipped", False)
+
+    @field_validator("eval_ratio")
+    @classmethod
+    def _ratio(cls, value: float | None) -> float | None:
+        if value is not None and not 0 <= value < 1:
+            raise ValueError("must be at least 0 and below 1")
+        return value
+
+    @field_validator("max_length")
+    @classmethod
+    def _length(cls, value: int | None) -> int | None:
+        if value is not None and value < 2:
+            raise ValueError("must be at least 2 tokens")
+        return value
+
+
+class LoraConfig(Section):
+    """The adapter: rank, scale, which projections (Hu et al. 2021, arXiv:2106.09685)."""
+
+    r: int = option("--lora-r", "rank of the adapter", 16)
+    alpha: float | None = option("--lora-alpha", "scale is alpha / r; default 2·r")
+    dropout: float = option("--lora-dropout", "dropout on the adapter's input", 0.0)
+    targets: str | tuple[str, ...] = option(
+        "--targets",
+        "minimal (q,v), standard (q,k,v,o), maximal, all-linear, or names",
+        "all-linear",
+    )
+    rslora: bool = option("--rslora", "scale by alpha / sqrt(r) (arXiv:2312.03732)", False)
+
+    @field_validator("r")
+    @classmethod
+    def _rank(cls, value: int) -> int:
+        if value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
+    @field_validator("alpha")
+    @classmethod
+    def _alpha(cls, value: float | None) -> float | None:
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError("must be a number above 0")
+        return value
+
+    @field_validator("dropout")
+    @classmethod
+    def _dropout(cls, value: float) -> float:
+        if not 0 <= value < 1:
+            raise ValueError("must be at least 0 and below 1")
+        return value
+
+    @property
+    def resolved_alpha(self) -> float:
+        """alpha, or 2·r where none was given."""
+        return 2.0 * self.r if self.alpha is None else self.alpha
+
+    @property
+    def scale(self) -> float:
+        """What B·A is multiplied by: alpha/r, or alpha/sqrt(r) with rsLoRA."""
+        return self.resolved_alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+
+class TrainConfig(Section):
+    """The run: method, steps, rate, what is saved and logged."""
+
+    method: Method = option("--method", "lora, or full fine-tuning as the baseline", "lora")
+    epochs: float | None = option("--epochs", "passes over the rows")
+    max_steps: int | None = option("--max-steps", "stop after so many optimiser steps")
+    batch_size: int | None = option("--batch-size", "rows in one forward pass")
+    gradient_accumulation_steps: int | None = option(
+        "--gradient-accumulation-steps", "forward passes in one optimiser step"
+    )
+    learning_rate: float | None = option("--learning-rate", "peak learning rate")
+    warmup_ratio: float | None = option("--warmup-ratio", "share of steps in which the rate rises")
+    weight_decay: float | None = option("--weight-decay", "AdamW's decoupled weight decay")
+    scheduler: Scheduler | None = option("--scheduler", "cosine, linear or constant after warm-up")
+    max_grad_norm: float = option("--max-grad-norm", "clip the global gradient norm (0: off)", 1.0)
+    seed: int = option("--seed", "seed of shuffling, dropout and initial weights", 0)
+    save_every: int | None = option("--save-every", "steps between checkpoints")
+    log_every: int | None = option("--log-every", "steps between log lines")
+    eval_every: int | None = option("--eval-every", "steps between held-out losses")
+    early_stopping: int | None = option(
+        "--early-stopping", "stop after so many held-out losses without a new best"
+    )
+    sample_prompt: tuple[str, ...] = option(
+        "--sample-prompt", "prompt answered at start, middle and end (repeatable)", ()
+    )
+    show_grad_norms: bool = option(
+        "--show-grad-norms", "gradient norm of every LoRA tensor in the log", False
+    )
+
+    @field_validator("learning_rate", "epochs")
+    @classmethod
+    def _positive(cls, value: float | None) -> float | None:
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError("must be a finite number above 0")
+        return value
+
+    @field_validator("weight_decay", "max_grad_norm")
+    @classmethod
+    def _not_negative(cls, value: float | None) -> float | None:
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ValueError("must be a finite number, at least 0")
+        return value
+
+    @field_validator("warmup_ratio")
+    @classmethod
+    def _warmup(cls, value: float | None) -> float | None:
+        if value is not None and not 0 <= value < 1:
+            raise ValueError("must be at least 0 and below 1")
+        return value
+
+    @field_validator(
+        "max_steps",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "save_every",
+        "log_every",
+        "eval_every",
+        "early_stopping",
+    )
+    @classmethod
+    def _at_least_one(cls, value: int | None) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
+
+class RunConfig(Section):
+    """Everything that `tsugiki train` was asked for, saved as `config.yaml` in the run folder."""
+
+    version: Literal[1] = FORMAT_VERSION
+    preset: str | None = option("--preset", "settings from the guides (tsugiki presets lists them)")
+    output: Path | None = option("--output", "run folder to make; default runs/NAME-DATE")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    lora: LoraConfig = LoraConfig()
+    train: TrainConfig = TrainConfig()
+
+    def to_yaml(self) -> str:
+        """The config as YAML that `--config` reads back to an equal object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "lora": LoraConfig,
+    "train": TrainConfig,
+}
+
+Path_ = tuple[str, ...]
+
+
+def flag_fields() -> dict[str, Path_]:
+    """Flag → where its value lives: {'--lora-r': ('lora', 'r'), …}, in the order of the help."""
+    found: dict[str, Path_] = {}
+    for name, field in RunConfig.model_fields.items():
+        if name in SECTIONS:
+            for inner, inner_field in SECTIONS[name].model_fields.items():
+                extra = inner_field.json_schema_extra
+                assert isinstance(extra, dict)
+                found[str(extra["flag"])] = (name, inner)
+        elif isinstance(field.json_schema_extra, dict):
+            found[str(field.json_schema_extra["flag"])] = (name,)
+    return found
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, section by section; neither is changed."""
+    out = dict(base)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(out.get(key), dict) and key in SECTIONS:
+            out[key] = {**out[key], **value}
+        else:
+            out[key] = value
+    return out
+
+
+def build_config(*layers: dict[str, Any]) -> RunConfig:
+    """A RunConfig from nested dicts, lowest precedence first.
+
+    Raises:
+        UsageError: every unknown key (with the nearest known one) and bad value at once.
+    """
+    raw: dict[str, Any] = {}
+    for layer in layers:
+        raw = merge(raw, layer)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UsageError(_explain(error), fix="tsugiki train --help lists every setting") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a `--config` file.
+
+    Raises:
+        UsageError: not readable, not YAML, or not a mapping.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UsageError(f"cannot read the config file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise UsageError(
+            f"{path} must hold a mapping of sections",
+            got=type(loaded).__name__,
+            allowed=", ".join(RunConfig.model_fields),
+        )
+    return loaded
+
+
+def flags_by_place() -> dict[Path_, str]:
+    """Where a value lives → its flag; the other way round than `flag_fields`."""
+    return {place: flag for flag, place in flag_fields().items()}
+
+
+def _explain(error: ValidationError) -> str:
+    names = flags_by_place()
+    lines = []
+    for item in error.errors():
+        place = tuple(str(part) for part in item["loc"])
+        dotted = ".".join(place)
+        flag = next((names[place[:n]] for n in (2, 1) if place[:n] in names), None)
+        shown = f"{flag} ({dotted})" if flag else dotted
+        if item["type"] == "extra_forbidden":
+            known = list(
+                SECTIONS[place[0]].model_fields
+                if len(place) > 1 and place[0] in SECTIONS
+                else RunConfig.model_fields
+            )
+            near = did_you_mean(place[-1], known)
+            hint = f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
+            lines.append(f"unknown setting {dotted!r}; {hint}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{shown}: {message} (got {item['input']!r})")
+    return "\n".join(lines)
+
+
+def plain_type(annotation: Any) -> tuple[Any, bool]:
+    """(type without None, whether a flag of this type repeats); for generating flags."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return plain_type(get_args(annotation)[0])
+    arguments = [a for a in get_args(annotation) if a is not type(None)]
+    if origin is Literal:
+        return str if all(isinstance(a, str) for a in arguments) else int, False
+    if origin is tuple:
+        return arguments[0], True
+    if origin is dict:
+        return str, False
+    if arguments and origin is not None:
+        if str in arguments and len(arguments) > 1:
+            return str, False
+        return plain_type(arguments[0])
+    return annotation, False
