@@ -1,0 +1,153 @@
+"""Decides once, with the reason, which device, compute type and threads a run uses.
+
+A timing probe may choose otherwise on another day, so a run keeps its `Decisions` in
+`decisions.json` and replays them on resume. Knows nothing of models beyond their hidden size.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from tsugiki.errors import RunError, UsageError
+
+# Below this width a step is bound by overhead, not arithmetic, and fp32 costs nothing.
+NARROW = 512
+# bf16 must win by this much in the probe before rounding is taken on.
+WORTHWHILE = 1.3
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What was decided, and why; JSON both ways."""
+
+    device: str
+    dtype: str
+    threads: int
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The compute type as torch names it."""
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict for `decisions.json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Any) -> Decisions:
+        """Read back what `to_json` wrote.
+
+        Raises:
+            RunError: a key is missing or unknown.
+        """
+        try:
+            return cls(**raw)
+        except TypeError as error:
+            raise RunError(f"decisions.json does not fit this version: {error}") from None
+
+    def apply(self) -> None:
+        """Set the thread count; called once per process, before the model is loaded."""
+        torch.set_num_threads(self.threads)
+
+
+def decide(
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    hidden_size: int,
+    stored_dtype: str | None = None,
+) -> Decisions:
+    """Choose device, dtype and threads.
+
+    Args:
+        device: auto, cpu, cuda, cuda:N or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        hidden_size: of the base; narrow models stay in fp32.
+        stored_dtype: type of the checkpoint, for the reason only.
+
+    Raises:
+        UsageError: a device that is not there.
+    """
+    chosen, why_device = _device(device)
+    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or usable_cores()
+    torch.set_num_threads(threads)
+    if dtype != "auto":
+        kind, why_dtype = dtype, "asked for with --dtype"
+    else:
+        kind, why_dtype = _dtype(chosen, hidden_size, stored_dtype)
+    return Decisions(
+        chosen,
+        kind,
+        threads,
+        {"device": why_device, "dtype": why_dtype, "threads": f"{threads} usable cores"},
+    )
+
+
+def usable_cores() -> int:
+    """Cores this process may use (an affinity mask or container limit counts)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _device(asked: str) -> tuple[str, str]:
+    have = ["cpu"]
+    if torch.cuda.is_available():
+        have += ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        have.append("mps")
+    if asked == "auto":
+        if "cuda" in have:
+            return "cuda", torch.cuda.get_device_name(0)
+        if "mps" in have:
+            return "mps", "Apple GPU"
+        return "cpu", "no GPU found"
+    if asked not in have:
+        raise UsageError(
+            "that device is not on this machine",
+            got=f"--device {asked}",
+            allowed=", ".join(have),
+            fix="leave --device out",
+        )
+    return asked, "asked for with --device"
+
+
+def _dtype(device: str, hidden_size: int, stored: str | None) -> tuple[str, str]:
+    suffix = f" (checkpoint: {stored})" if stored else ""
+    if hidden_size < NARROW:
+        return "float32", f"hidden size {hidden_size} < {NARROW}: fp32 costs little{suffix}"
+    if device.startswith("cuda"):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16", f"native on this GPU{suffix}"
+        return "float32", f"this GPU has no native bf16{suffix}"
+    ratio = bf16_speedup(device, hidden_size)
+    if ratio >= WORTHWHILE:
+        return "bfloat16", f"a probe ran {ratio:.1f}× faster in bf16 than in fp32{suffix}"
+    return "float32", f"bf16 is not faster here (probe: {ratio:.1f}×){suffix}"
+
+
+def bf16_speedup(device: str, width: int) -> float:
+    """How many times faster a (256, width)·(width, 2·width) product is in bf16 than in fp32."""
+
+    def best(dtype: torch.dtype) -> float:
+        x = torch.randn(256, width, device=device).to(dtype)
+        w = torch.randn(2 * width, width, device=device).to(dtype)
+        out = x @ w.T
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.matmul(x, w.T, out=out)
+            if device == "mps":
+                torch.mps.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    return best(torch.float32) / best(torch.bfloat16)
