@@ -1,0 +1,81 @@
+"""The guides' settings as data: by task, by rows, by memory. Knows nothing of how they are used.
+
+A preset stands below flags and `--config`, above the defaults that the planner chooses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tsugiki.errors import UsageError, did_you_mean
+
+
+def _preset(
+    text: str,
+    r: int,
+    alpha: float,
+    dropout: float | None = None,
+    rate: float | None = None,
+    *,
+    epochs: float | None = None,
+    batch: int | None = None,
+    accumulation: int | None = None,
+    warmup: float | None = None,
+    decay: float | None = None,
+) -> tuple[str, dict[str, Any]]:
+    lora = {"r": r, "alpha": alpha, "dropout": dropout}
+    train = {
+        "learning_rate": rate,
+        "epochs": epochs,
+        "batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "warmup_ratio": warmup,
+        "weight_decay": decay,
+    }
+    return text, {
+        "lora": {key: value for key, value in lora.items() if value is not None},
+        "train": {key: value for key, value in train.items() if value is not None},
+    }
+
+
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "guide": _preset(
+        "the script pipeline's own defaults", 16, 32, 0.05, 5e-5,
+        epochs=3, batch=2, accumulation=8, warmup=0.3, decay=0.01,
+    ),
+    "chat": _preset(
+        "conversation", 16, 32, 0.05, 5e-5, epochs=3, batch=2, warmup=0.3
+    ),
+    "domain": _preset("domain knowledge", 32, 64, 0.1, 3e-5),
+    "code": _preset("code", 24, 48, 0.05, 2e-5),
+    "code-long": _preset("code, more passes", 24, 48, 0.05, 3e-5, epochs=5, batch=4),
+    "style": _preset("style and tone (the FFN layers matter)", 8, 16, 0.05, 1e-4),
+    "light": _preset(
+        "light and fast", 8, 16, 0.1, 1e-4, epochs=2, batch=1, accumulation=16
+    ),
+    "rows-under-1k": _preset("fewer than 1,000 rows", 8, 16, 0.1, 1e-4),
+    "rows-1k-10k": _preset("1,000 to 10,000 rows", 16, 32, 0.05, 5e-5),
+    "rows-over-10k": _preset("more than 10,000 rows", 32, 64, 0.05, 2e-5),
+    "memory-under-8gb": _preset("less than 8 GB of memory", 4, 8, batch=1, accumulation=16),
+    "memory-8-16gb": _preset("8 to 16 GB of memory", 16, 32, batch=2, accumulation=8),
+    "memory-over-16gb": _preset("more than 16 GB of memory", 32, 64, batch=4, accumulation=4),
+    "textbook": _preset(
+        "raw text on GPT-2 (Aozora Bunko)", 8, 32, 0.1, 1e-4, epochs=3, batch=4, accumulation=4
+    ),
+}  # fmt: skip
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The settings of one preset, nested by section.
+
+    Raises:
+        UsageError: no preset of that name; the nearest and all are named.
+    """
+    if name not in PRESETS:
+        near = did_you_mean(name, tuple(PRESETS))
+        raise UsageError(
+            f"there is no preset {name!r}",
+            allowed=", ".join(PRESETS),
+            fix=f"--preset {near}" if near else None,
+        )
+    return PRESETS[name][1]
