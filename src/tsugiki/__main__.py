@@ -1,0 +1,10 @@
+"""`python -m tsugiki`: the CLI, and the supervised child that must die with its parent."""
+
+from tsugiki import supervise
+
+if supervise.is_worker():
+    supervise.become_worker()
+
+from tsugiki.cli import main  # noqa: E402 (the lifeline comes before anything that takes long)
+
+main()

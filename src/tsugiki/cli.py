@@ -1,0 +1,188 @@
+"""The command line: one verb, one function. Parses, prints errors, sets exit codes.
+
+Heavy rooms are imported inside the verbs, so that `tsugiki --help` and the supervising parent
+load no torch. Knows nothing of how a verb does its work.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tsugiki import supervise
+from tsugiki.config import RunConfig, build_config, read_yaml
+from tsugiki.errors import TsugikiError, UsageError
+from tsugiki.flags import columns, with_config_flags
+from tsugiki.presets import PRESETS, preset
+from tsugiki.terminal import Terminal
+
+app = typer.Typer(
+    name="tsugiki",
+    help="LoRA for the whole life of an adapter, on the machine you have.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(help="Look at rows before training.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="one JSON object a line, for machines")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    """LoRA for the whole life of an adapter, on the machine you have."""
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"tsugiki {installed('tsugiki')}")
+        raise typer.Exit
+
+
+def train(
+    source: Annotated[
+        Path | None, typer.Argument(metavar="DATA", help="rows: a file or a folder")
+    ] = None,
+    *,
+    config: Annotated[Path | None, typer.Option(help="settings as YAML")] = None,
+    resume: Annotated[Path | None, typer.Option(help="go on with this run folder")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan, train nothing")] = False,
+    as_json: Json = False,
+    settings: dict[str, Any],
+) -> None:
+    """Train an adapter on DATA. Precedence: flag > --config > --preset > chosen default."""
+    if source is not None:
+        if "path" in settings.get("data", {}):
+            raise UsageError("the data was given twice", fix="give DATA or --data, not both")
+        settings.setdefault("data", {})["path"] = source
+    if resume is not None:
+        stored = read_yaml(resume / "config.yaml") if resume.exists() else None
+        if stored is None:
+            raise UsageError(f"there is no run folder {resume}", fix="ls runs/")
+        run_config = build_config(stored, settings)
+    else:
+        run_config = configure(settings, config)
+    _supervised(lambda terminal: _train_here(run_config, terminal, resume, dry_run), as_json)
+
+
+app.command("train")(with_config_flags(train))
+
+
+def configure(settings: dict[str, Any], config: Path | None) -> RunConfig:
+    """Flags over `--config` over `--preset`.
+
+    Raises:
+        UsageError: unknown keys, bad values, no such preset.
+    """
+    from_file = read_yaml(config) if config else {}
+    name = settings.get("preset", from_file.get("preset"))
+    return build_config(preset(name) if name else {}, from_file, settings)
+
+
+def _train_here(
+    config: RunConfig, terminal: Terminal, resume: Path | None, dry_run: bool
+) -> None:
+    from tsugiki.pipelines import run_training
+
+    run_training(config, terminal, resume=resume, dry_run=dry_run)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="folder for the run and its report")] = Path(
+        "runs/demo"
+    ),
+    seed: Annotated[int, typer.Option(help="seed of the whole demo")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Train the embedded model on bundled rows and show everything (about 3 minutes, offline)."""
+
+    def work(terminal: Terminal) -> None:
+        from tsugiki.demo.show import run_demo
+
+        run_demo(output, terminal, seed=seed)
+
+    _supervised(work, as_json)
+
+
+@app.command()
+def presets(as_json: Json = False) -> None:
+    """List the guides' settings that --preset takes."""
+    from rich.table import Table
+
+    table = Table("preset", "for", "settings", box=None, pad_edge=False)
+    for name, (text, values) in PRESETS.items():
+        flat = ", ".join(f"{key} {value:g}" for part in values.values() for key, value in part.items())
+        table.add_row(name, text, flat)
+    Terminal(as_json=as_json).say("presets", table, presets={k: v for k, (_, v) in PRESETS.items()})
+
+
+def _supervised(work: Any, as_json: bool) -> None:
+    """Do `work` in a child whose death by memory the parent explains; in the child, do it."""
+    terminal = Terminal(as_json=as_json)
+    if supervise.is_worker():
+        work(terminal)
+        return
+    outcome = supervise.supervise(sys.argv[1:])
+    if outcome.killed:
+        _explain_kill(outcome, terminal)
+    raise typer.Exit(outcome.code)
+
+
+def _explain_kill(outcome: supervise.Outcome, terminal: Terminal) -> None:
+    sure = (
+        "the kernel killed the run for memory"
+        if outcome.out_of_memory
+        else "the run was killed (SIGKILL); without a kill by hand this means out of memory"
+    )
+    ways = (
+        "--batch-size 1 --gradient-accumulation-steps 16, --lora-r 8, fewer --targets, "
+        "a smaller --max-length"
+    )
+    lines = [f"error: {sure}.", f"  less memory: {ways}"]
+    if outcome.run is not None:
+        lines.append(f"  go on as it was: tsugiki train --resume {outcome.run}")
+    terminal.errors.print("\n".join(lines), markup=False)
+
+
+def main() -> None:
+    """Run the CLI; every TsugikiError becomes a message and an exit code, never a traceback."""
+    from tsugiki.errors import TsugikiError
+
+    try:
+        app(standalone_mode=True)
+    except TsugikiError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _fail(error: TsugikiError) -> None:
+    sys.stdout.flush()
+    if "--json" in sys.argv:
+        import json
+
+        shown = {
+            "kind": "error",
+            "error": type(error).__name__,
+            "problem": error.problem,
+            "got": None if error.got is None else str(error.got),
+            "allowed": None if error.allowed is None else str(error.allowed),
+            "fix": error.fix,
+        }
+        print(json.dumps(shown, ensure_ascii=False))
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+_ = columns  # used by the data verbs

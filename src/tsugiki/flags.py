@@ -1,0 +1,96 @@
+"""Turns config sections into typer options, so that a setting is written once.
+
+Knows the shape of `config.py` and typer, nothing of what a setting does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from tsugiki.config import SECTIONS, RunConfig, flag_fields, plain_type
+from tsugiki.errors import UsageError
+
+PANELS = {"model": "Base model", "data": "Data", "lora": "Adapter", "train": "Training"}
+
+
+def with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command(..., settings)` one option for each config field.
+
+    `settings` arrives as nested dicts holding only what the user typed.
+    """
+    parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
+    places: dict[str, tuple[str, ...]] = {}
+    for flag, place in flag_fields().items():
+        name = "__".join(place)
+        places[name] = place
+        field = (SECTIONS[place[0]] if len(place) > 1 else RunConfig).model_fields[place[-1]]
+        kind, repeats = plain_type(field.annotation)
+        text = field.description or ""
+        if field.default not in (None, (), {}, False):
+            text += f" (default {field.default})"
+        option = typer.Option(
+            flag,
+            help=escape(text),
+            rich_help_panel=PANELS.get(place[0], "Run"),
+            is_flag=True if kind is bool else None,
+            show_default=False,
+        )
+        annotation = Annotated[(list[kind] if repeats else kind) | None, option]  # type: ignore[valid-type]
+        parameters.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+            )
+        )
+
+    def run(**arguments: Any) -> None:
+        settings: dict[str, Any] = {}
+        for name, place in places.items():
+            value = arguments.pop(name)
+            if value is None or value == []:
+                continue
+            value = _parse(place, value)
+            if len(place) == 1:
+                settings[place[0]] = value
+            else:
+                settings.setdefault(place[0], {})[place[1]] = value
+        command(**arguments, settings=settings)
+
+    run.__doc__ = command.__doc__
+    run.__name__ = command.__name__
+    by_kind = sorted(parameters, key=lambda p: p.kind)
+    run.__signature__ = inspect.Signature(by_kind)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in by_kind}
+    return run
+
+
+def _parse(place: tuple[str, ...], value: Any) -> Any:
+    if place == ("data", "columns"):
+        return columns(value)
+    if place == ("lora", "targets") and "," in value:
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+def columns(text: str) -> dict[str, str]:
+    """'prompt=question,answer=choice[label]' → {'prompt': 'question', 'answer': 'choice[label]'}.
+
+    Raises:
+        UsageError: a part without '=', or a role that is not prompt, answer or system.
+    """
+    found = {}
+    for part in text.split(","):
+        role, equals, column = part.partition("=")
+        if not equals or not column.strip() or role.strip() not in ("prompt", "answer", "system"):
+            raise UsageError(
+                "--columns is a list of role=column",
+                got=text,
+                allowed="roles: prompt, answer, system",
+                fix="--columns prompt=question,answer=answer",
+            )
+        found[role.strip()] = column.strip()
+    return found

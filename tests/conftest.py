@@ -1,0 +1,67 @@
+"""Shared fixtures, and the check at the session's end that every promise was proven."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from promises import read_promises, unproven
+
+ROOT = Path(__file__).parent.parent
+PASSED: set[str] = set()
+FAILED: set[str] = set()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the project; tests that need it are skipped without."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs real data in ../shared/data, which is not here")
+    return folder
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    name = report.nodeid
+    if report.failed:
+        FAILED.add(name)
+    elif report.when == "call" and report.passed:
+        PASSED.add(name)
+
+
+def _whole_suite(config: pytest.Config) -> bool:
+    asked = [argument for argument in config.invocation_params.args if not argument.startswith("-")]
+    return (
+        not asked and not config.option.keyword and not config.option.markexpr
+        and not config.option.collectonly and not config.option.lf
+        and not hasattr(config, "workerinput")
+    )  # fmt: skip
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not _whole_suite(session.config):
+        return
+    problems = unproven(read_promises(ROOT / "docs" / "promises.md"), PASSED, FAILED, ROOT)
+    session.config.stash[PROBLEMS] = problems
+    if problems and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+PROBLEMS: pytest.StashKey[list[str]] = pytest.StashKey()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    problems = terminalreporter.config.stash.get(PROBLEMS, None)
+    if problems is None:
+        return
+    if problems:
+        terminalreporter.section("promises without proof")
+        for problem in problems:
+            terminalreporter.line(problem)
+    else:
+        terminalreporter.line("every promise in docs/promises.md is proven")
