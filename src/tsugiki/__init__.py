@@ -1,0 +1,1 @@
+"""LoRA for the whole life of an adapter, on the machine you have."""
