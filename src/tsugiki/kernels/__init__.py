@@ -1,0 +1,1 @@
+"""One signature and one plain-torch reference per operation; the only place that dispatches."""

@@ -1,0 +1,1 @@
+"""Base models: their shapes, names and identity, how they are loaded and called flat."""
