@@ -52,7 +52,9 @@ def train(
     *,
     config: Annotated[Path | None, typer.Option(help="settings as YAML")] = None,
     resume: Annotated[Path | None, typer.Option(help="go on with this run folder")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan, train nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show the plan, train nothing")
+    ] = False,
     as_json: Json = False,
     settings: dict[str, Any],
 ) -> None:
@@ -85,9 +87,7 @@ def configure(settings: dict[str, Any], config: Path | None) -> RunConfig:
     return build_config(preset(name) if name else {}, from_file, settings)
 
 
-def _train_here(
-    config: RunConfig, terminal: Terminal, resume: Path | None, dry_run: bool
-) -> None:
+def _train_here(config: RunConfig, terminal: Terminal, resume: Path | None, dry_run: bool) -> None:
     from tsugiki.pipelines import run_training
 
     run_training(config, terminal, resume=resume, dry_run=dry_run)
@@ -118,7 +118,9 @@ def presets(as_json: Json = False) -> None:
 
     table = Table("preset", "for", "settings", box=None, pad_edge=False)
     for name, (text, values) in PRESETS.items():
-        flat = ", ".join(f"{key} {value:g}" for part in values.values() for key, value in part.items())
+        flat = ", ".join(
+            f"{key} {value:g}" for part in values.values() for key, value in part.items()
+        )
         table.add_row(name, text, flat)
     Terminal(as_json=as_json).say("presets", table, presets={k: v for k, (_, v) in PRESETS.items()})
 

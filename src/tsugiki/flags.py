@@ -23,7 +23,11 @@ def with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
 
     `settings` arrives as nested dicts holding only what the user typed.
     """
-    parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
+    parameters = [
+        p
+        for p in inspect.signature(command, eval_str=True).parameters.values()
+        if p.name != "settings"
+    ]
     places: dict[str, tuple[str, ...]] = {}
     for flag, place in flag_fields().items():
         name = "__".join(place)

@@ -97,18 +97,14 @@ def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) 
     if config.model.name is None:
         text = "no --model given: training sprout, the small practice model that comes with tsugiki"
         terminal.say("note", Text(text, style="dim"), text=text)
-    spec = ModelSpec.from_folder(
-        resolved.folder, trust_remote_code=config.model.trust_remote_code
-    )
+    spec = ModelSpec.from_folder(resolved.folder, trust_remote_code=config.model.trust_remote_code)
     check_context(config.data.max_length, spec)
     tokenizer = load_tokenizer(resolved, trust_remote_code=config.model.trust_remote_code)
     chat = ChatFormat.of(tokenizer, config.data.template)
     if resume is not None and (resume / "decisions.json").exists():
         decisions = Decisions.from_json(read_json(resume / "decisions.json"))
     else:
-        decisions = decide(
-            config.model.device, config.model.dtype, hidden_size=spec.hidden_size
-        )
+        decisions = decide(config.model.device, config.model.dtype, hidden_size=spec.hidden_size)
     decisions.apply()
     rows = _read(config)
     held_out = _read_eval(config)
@@ -225,7 +221,9 @@ def show_plan(session: Session, terminal: Terminal) -> None:
     values = {**_flat("train", config.train), **_flat("lora", config.lora)}
     table.add_row("base", f"{session.resolved.name} ({session.spec.parameters:,} parameters)", "")
     trainable = count_trainable(config, session.spec)
-    share = 100 * trainable / (session.spec.parameters + trainable * (config.train.method == "lora"))
+    share = (
+        100 * trainable / (session.spec.parameters + trainable * (config.train.method == "lora"))
+    )
     if config.train.method == "lora":
         targets = resolve_targets(session.spec.meta_model(), config.lora.targets)
         by_name: dict[str, list[int]] = {}

@@ -152,8 +152,6 @@ def reference_attention(
     for length in lengths:
         one = [t[:, :, at : at + length] for t in (q, k, v)]
         mask = causal_mask(length, window, q.device)
-        outputs.append(
-            masked_attention(*one, mask, scale=scale, softcap=softcap, sinks=sinks)
-        )
+        outputs.append(masked_attention(*one, mask, scale=scale, softcap=softcap, sinks=sinks))
         at += length
     return torch.cat(outputs, dim=2).transpose(1, 2)

@@ -1,0 +1,129 @@
+"""Who a base is: a digest over its tensors, the same however the files are laid out.
+
+SHA-256 over the sorted (module path, shape, dtype, stored bytes) of each tensor; a stored tied
+copy equal to its partner and buffers are left out. `rounded` is the same after rounding to bf16,
+so that a base that differs only in its type is recognised. Knows nothing of adapters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from tsugiki.errors import TsugikiError
+from tsugiki.files import atomic_write
+from tsugiki.models.spec import NameMap
+
+VERSION = 1
+BUFFERS = ("attn.bias", "attn.masked_bias", "rotary_emb.inv_freq", "inv_freq")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """exact: over the stored bytes. rounded: the same after rounding to bf16."""
+
+    exact: str
+    rounded: str
+
+
+def fingerprint_folder(folder: Path, meta_model: nn.Module) -> Fingerprint:
+    """Identity of a model folder; computed once and cached beside size and time of its files."""
+    files = weight_files(folder)
+    stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    cache = _cache_file(folder)
+    try:
+        known = json.loads(cache.read_text())
+        if known["stamp"] == stamp and known["version"] == VERSION:
+            return Fingerprint(known["exact"], known["rounded"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+
+    def tensors() -> Iterable[tuple[str, Tensor]]:
+        for file in files:
+            with safe_open(file, framework="pt") as stream:
+                for name in stream.keys():  # noqa: SIM118 (not a dict)
+                    yield name, stream.get_tensor(name)
+
+    result = fingerprint_tensors(tensors(), NameMap(meta_model))
+    content = {"version": VERSION, "stamp": stamp, **result.__dict__}
+    try:
+        atomic_write(cache, json.dumps(content))
+    except TsugikiError:
+        pass  # a cache that cannot be written only costs time
+    return result
+
+
+def fingerprint_tensors(tensors: Iterable[tuple[str, Tensor]], names: NameMap) -> Fingerprint:
+    """Identity of (disk name, tensor) pairs, in any order."""
+    lines: dict[str, tuple[str, str]] = {}
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for path, exact, rounded in pool.map(
+            lambda item: _one(item[0], item[1]),
+            (
+                (names.to_module(disk) or disk, tensor)
+                for disk, tensor in tensors
+                if not (names.to_module(disk) is None and disk.endswith(BUFFERS))
+            ),
+        ):
+            lines[path] = (exact, rounded)
+    for path in list(lines):
+        partner = names.partner(path)
+        if partner is None:
+            continue
+        if partner not in lines:
+            lines[partner] = lines.pop(path)
+        elif lines[partner] == lines[path]:
+            del lines[path]
+    ordered = sorted(lines.items())
+    return Fingerprint(
+        *(
+            hashlib.sha256("\n".join(f"{p} {v[which]}" for p, v in ordered).encode()).hexdigest()
+            for which in (0, 1)
+        )
+    )
+
+
+def _one(path: str, tensor: Tensor) -> tuple[str, str, str]:
+    shape = "x".join(str(n) for n in tensor.shape)
+    kind = str(tensor.dtype).removeprefix("torch.")
+    exact = f"{shape} {kind} {_digest(tensor)}"
+    if not tensor.is_floating_point():
+        return path, exact, exact
+    same = tensor.dtype == torch.bfloat16
+    low = exact.split()[-1] if same else _digest(tensor.to(torch.bfloat16))
+    return path, exact, f"{shape} {low}"
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder: those of the index, else all."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            names = set()
+        if names:
+            return [folder / str(name) for name in sorted(names)]
+    return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
+
+
+def _cache_file(folder: Path) -> Path:
+    root = os.environ.get("TSUGIKI_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tsugiki"
+    )
+    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
+    return Path(root) / "fingerprints" / f"{key}.json"

@@ -1,0 +1,161 @@
+"""From the name that a user typed to a folder with a model: sprout, a local folder, or the Hub.
+
+Contacts the Hub (or HF_ENDPOINT) only for a Hub name, and nothing for a folder. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from tsugiki.errors import HubError, ModelError, TsugikiError, did_you_mean
+from tsugiki.files import require_space
+
+WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+UNWANTED = ("*.bin*", "original/*", "onnx/*", "*.gguf", "*consolidated*")
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """Where a model is; `commit` is the Hub's when it came from there."""
+
+    folder: Path
+    name: str
+    commit: str | None = None
+
+
+def sprout_folder() -> Path:
+    """The embedded base."""
+    return Path(str(files("tsugiki.models") / "sprout"))
+
+
+def resolve_model(name: str | None, revision: str | None = None) -> ResolvedModel:
+    """Find the model, downloading it if the name is a Hub's.
+
+    Raises:
+        ModelError: no such folder, and not a Hub name.
+        HubError: no network, not found, gated, cut connection.
+        DiskError: too little space, told before the download.
+    """
+    if name is None or name == "sprout":
+        return ResolvedModel(sprout_folder(), "sprout")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return ResolvedModel(path, str(name))
+    if path.exists():
+        raise ModelError(f"{name} is a file", fix="give the folder that holds config.json")
+    looks_local = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") != 1
+    if looks_local or not NAME.fullmatch(name):
+        parent = path.parent if path.parent.is_dir() else Path(".")
+        near = did_you_mean(path.name, [p.name for p in parent.iterdir() if p.is_dir()])
+        raise ModelError(
+            f"there is no model folder {name}",
+            allowed="a local folder, or a Hub name such as user/model",
+            fix=f"did you mean {parent / near}?" if near else None,
+        )
+    return _download(name, revision)
+
+
+def _download(name: str, revision: str | None) -> ResolvedModel:
+    import huggingface_hub
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import errors as hub_errors
+
+    huggingface_hub.utils.disable_progress_bars() if not os.isatty(2) else None
+    patterns = {"allow_patterns": list(WANTED), "ignore_patterns": list(UNWANTED)}
+    try:
+        if constants.HF_HUB_OFFLINE:
+            folder = snapshot_download(name, revision=revision, local_files_only=True, **patterns)
+        else:
+            api = HfApi()
+            info = api.model_info(name, revision=revision, files_metadata=True, timeout=30)
+            _check_space(name, info, Path(constants.HF_HUB_CACHE))
+            folder = snapshot_download(name, revision=info.sha, **patterns)
+    except TsugikiError:
+        raise
+    except hub_errors.LocalEntryNotFoundError:
+        raise HubError(
+            f"{name} is not in the local cache and the Hub cannot be reached",
+            fix="connect once and run the same command, or give a local folder with --model",
+        ) from None
+    except hub_errors.GatedRepoError:
+        raise _gated(name, "its licence must be accepted first") from None
+    except hub_errors.RevisionNotFoundError:
+        raise HubError(f"{name} has no revision {revision!r}", fix="leave --revision out") from None
+    except hub_errors.RepositoryNotFoundError as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise _gated(name, "it is private, gated, or does not exist") from None
+        raise _not_found(name) from None
+    except hub_errors.HfHubHTTPError as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise _gated(name, "access was denied") from None
+        raise HubError(
+            f"the Hub answered {status} for {name}",
+            fix="run the same command again later: what has arrived is kept",
+        ) from None
+    except OSError as error:
+        raise HubError(
+            f"the connection to the Hub broke while fetching {name}",
+            got=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            if str(error).strip()
+            else type(error).__name__,
+            fix="run the same command again: it goes on where it stopped",
+        ) from None
+    except Exception as error:
+        if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests"):
+            raise HubError(
+                f"no connection to the Hub while fetching {name}",
+                got=type(error).__name__,
+                fix="check the network and run the same command again: it goes on where it stopped",
+            ) from None
+        raise
+    path = Path(folder)
+    return ResolvedModel(path, name, path.name if re.fullmatch("[0-9a-f]{40}", path.name) else None)
+
+
+def _check_space(name: str, info: object, cache: Path) -> None:
+    from fnmatch import fnmatch
+
+    need = 0
+    for sibling in getattr(info, "siblings", None) or []:
+        file = sibling.rfilename
+        wanted = any(fnmatch(file, p) for p in WANTED)
+        if wanted and not any(fnmatch(file, p) for p in UNWANTED):
+            blob = getattr(sibling, "size", None) or 0
+            need += int(blob)
+    have = sum(p.stat().st_size for p in _cached(name, cache) if p.is_file())
+    require_space(cache, max(0, need - have), f"downloading {name}")
+
+
+def _cached(name: str, cache: Path) -> list[Path]:
+    return list((cache / f"models--{name.replace('/', '--')}" / "blobs").glob("*"))
+
+
+def _gated(name: str, why: str) -> HubError:
+    return HubError(
+        f"the Hub does not hand out {name}: {why}",
+        fix=f"accept the licence at https://huggingface.co/{name}, log in with `hf auth login`, "
+        "then run the same command",
+    )
+
+
+def _not_found(name: str) -> HubError:
+    near: list[str] = []
+    try:
+        from huggingface_hub import HfApi
+
+        found = HfApi().list_models(search=name.split("/")[-1], limit=3)
+        near = [model.id for model in found]
+    except Exception:
+        near = []  # the search only helps the message
+    return HubError(
+        f"the Hub has no model {name}",
+        allowed=f"near names: {', '.join(near)}" if near else None,
+        fix="check the spelling (user/model), or log in if it is private: `hf auth login`",
+    )

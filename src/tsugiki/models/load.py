@@ -1,0 +1,278 @@
+"""A base model from a folder: checked, loaded, frozen, and tried flat.
+
+Knows how to refuse: pickled weights, code of its own, missing or hostile tensor files, a missing
+tokenizer. The Hub is `models/hub.py`'s; adapters and training are unknown here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from tsugiki.errors import ModelError
+from tsugiki.kernels.batch import ForwardBatch
+from tsugiki.models.fingerprint import Fingerprint, fingerprint_folder, weight_files
+from tsugiki.models.flat import flat_forward, solo_forward, use_flat_attention, use_own_attention
+from tsugiki.models.hub import ResolvedModel, resolve_model
+from tsugiki.models.isolation import probe_isolation
+from tsugiki.models.spec import ModelSpec, load_config
+
+HEADER_LIMIT = 100 << 20  # bytes of a safetensors header, the format's own cap
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+@dataclass
+class Base:
+    """A loaded base: frozen weights, its tokenizer, and where it came from.
+
+    flat: documents may lie end to end; else each runs alone with the model's own attention.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    spec: ModelSpec
+    folder: Path
+    name: str
+    commit: str | None
+    flat: bool
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(self.model.parameters()).device
+
+    def fingerprint(self) -> Fingerprint:
+        """Identity of the stored tensors."""
+        return fingerprint_folder(self.folder, self.spec.meta_model())
+
+    def forward(self, ids: Tensor, batch: ForwardBatch, logits_at: Tensor | None = None) -> Tensor:
+        """Logits (1, n, V) of sequences laid end to end; flat where the model allows it."""
+        if self.flat:
+            return flat_forward(self.model, ids, batch, logits_at=logits_at)
+        return solo_forward(self.model, ids, batch.lengths, logits_at=logits_at)
+
+
+def load_tokenizer(
+    resolved: ResolvedModel, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the weights.
+
+    Raises:
+        ModelError: none there, or not readable.
+    """
+    folder = resolved.folder
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(
+            f"{folder} has no tokenizer",
+            allowed=", ".join(TOKENIZER_FILES),
+            fix="copy the tokenizer files of the original model into the folder",
+        )
+    _refuse_code(folder / "tokenizer_config.json", trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # tokenizers and transformers raise many types for a bad file
+        raise ModelError(
+            f"the tokenizer in {folder} cannot be read", got=str(error).strip()[:300]
+        ) from None
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def load_base(
+    resolved: ResolvedModel,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    random_init: bool = False,
+) -> Base:
+    """Load, freeze, and find out whether documents may lie end to end.
+
+    Args:
+        resolved: from `resolve_model`.
+        dtype: type the weights are held and computed in.
+        random_init: the same shapes with fresh weights from torch's generator (a control).
+
+    Raises:
+        ModelError: anything that keeps the folder from being this model; files and tensors named.
+    """
+    folder = resolved.folder
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    spec = ModelSpec.from_config(config)
+    tokenizer = load_tokenizer(resolved, trust_remote_code=trust_remote_code)
+    if random_init:
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        ).to(device)
+    else:
+        check_weights(folder)
+        model = _load(folder, dtype, device, trust_remote_code)
+    _load_generation_config(model, folder)
+    model.eval()
+    model.requires_grad_(False)
+    isolation = probe_isolation(config)
+    notes = []
+    if isolation.holds:
+        use_flat_attention(model)
+    else:
+        use_own_attention(model)
+        notes.append(f"one document at a time for this base: {isolation.reason}")
+    return Base(
+        model, tokenizer, spec, folder, resolved.name, resolved.commit, isolation.holds, notes
+    )
+
+
+def _load(folder: Path, dtype: torch.dtype, device: str, trust_remote_code: bool) -> nn.Module:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except Exception as error:  # transformers raises many types for a bad folder
+        raise ModelError(
+            f"the weights in {folder} cannot be loaded", got=str(error).strip()[:400]
+        ) from None
+    assert isinstance(model, nn.Module)
+    missing = sorted(info.get("missing_keys") or [])
+    mismatched = sorted(str(m[0]) for m in info.get("mismatched_keys") or [])
+    if missing or mismatched:
+        raise ModelError(
+            f"{folder} does not hold every tensor of its config",
+            got="; ".join(
+                f"{what}: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
+                for what, names in (("missing", missing), ("other shape", mismatched))
+                if names
+            ),
+            fix="download the model again, or check its config.json",
+        )
+    return model.to(device)
+
+
+def _load_generation_config(model: nn.Module, folder: Path) -> None:
+    if (folder / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError, TypeError):
+            return  # only stop tokens are read from it, and the chat format has its own
+
+
+def check_weights(folder: Path) -> None:
+    """Only whole safetensors files are read.
+
+    Raises:
+        ModelError: pickled only, none, a shard missing, a header that lies.
+    """
+    files = weight_files(folder)
+    if not files:
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        if pickled:
+            raise ModelError(
+                f"{folder} has only pickled weights, which can run code when loaded",
+                got=", ".join(pickled[:5]),
+                allowed="*.safetensors",
+                fix="get the safetensors version of this model, or convert it in a place you trust",
+            )
+        raise ModelError(f"{folder} has no weights", allowed="*.safetensors")
+    absent = [f.name for f in files if not f.is_file()]
+    if absent:
+        raise ModelError(
+            f"{folder} lacks shards that its index names",
+            got=", ".join(absent),
+            fix="run the download again: it goes on where it stopped",
+        )
+    for file in files:
+        check_safetensors(file)
+
+
+def check_safetensors(path: Path, error: type[Exception] = ModelError) -> dict[str, list[int]]:
+    """Read a header without trusting it; returns tensor name → shape.
+
+    Raises:
+        error: header too large, not JSON, offsets outside the file, a size that does not fit.
+    """
+    size = path.stat().st_size
+
+    def bad(why: str) -> Exception:
+        return error(f"{path} is not a whole safetensors file: {why}")
+
+    with open(path, "rb") as stream:
+        head = stream.read(8)
+        if len(head) < 8:
+            raise bad(f"{size} bytes")
+        (length,) = struct.unpack("<Q", head)
+        if length > min(HEADER_LIMIT, size - 8):
+            raise bad(f"its header claims {length:,} bytes of {size:,}")
+        try:
+            header = json.loads(stream.read(length))
+        except (ValueError, RecursionError):
+            raise bad("its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise bad("its header is not an object")
+    shapes: dict[str, list[int]] = {}
+    end = size - 8 - length
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            begin, stop = entry["data_offsets"]
+            shape = [int(n) for n in entry["shape"]]
+            ok = 0 <= begin <= stop <= end and all(n >= 0 for n in shape)
+        except (KeyError, TypeError, ValueError):
+            ok, shape = False, []
+        if not ok:
+            raise bad(f"the entry of {name[:80]!r} lies outside the file ({size:,} bytes)")
+        shapes[name] = shape
+    return shapes
+
+
+def _refuse_code(config: Path, trusted: bool) -> None:
+    if trusted or not config.is_file():
+        return
+    try:
+        raw = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{config} cannot be read: {error}") from None
+    if isinstance(raw, dict) and raw.get("auto_map"):
+        raise ModelError(
+            f"the tokenizer in {config.parent} wants to run its own Python code",
+            got=str(raw["auto_map"])[:200],
+            fix="read that code; if you trust it, add --trust-remote-code",
+        )
+
+
+__all__ = [
+    "Base",
+    "ResolvedModel",
+    "check_safetensors",
+    "check_weights",
+    "load_base",
+    "load_tokenizer",
+    "resolve_model",
+]

@@ -1,0 +1,223 @@
+"""A base model's shapes and names, read from its config without touching a weight.
+
+The name map (disk name ↔ module path ↔ tied partner) lives here and nowhere else. Knows nothing
+of adapters or of how weights are loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from tsugiki.errors import ModelError
+
+
+@dataclass(frozen=True)
+class LinearModule:
+    """A projection of the base: its module path, storage (linear or conv1d), and shape."""
+
+    path: str
+    kind: str
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Shapes of a base; counts are of parameters, a tied pair counted once."""
+
+    family: str
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    context: int
+    parameters: int
+    tied: bool
+    config: PretrainedConfig
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, trust_remote_code: bool = False) -> ModelSpec:
+        """Read `config.json`.
+
+        Raises:
+            ModelError: no config, not JSON, an architecture that is not known, code of its own.
+        """
+        return cls.from_config(load_config(folder, trust_remote_code=trust_remote_code))
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig) -> ModelSpec:
+        """Shapes from a transformers config."""
+        text = config.get_text_config()
+        model = _meta_model(config)
+        heads = int(_first(text, "num_attention_heads", "n_head") or 1)
+        hidden = int(_first(text, "hidden_size", "n_embd") or 0)
+        layers = int(_first(text, "num_hidden_layers", "n_layer") or 0)
+        return cls(
+            family=str(text.model_type),
+            hidden_size=hidden,
+            layers=layers,
+            heads=heads,
+            kv_heads=int(_first(text, "num_key_value_heads") or heads),
+            head_dim=int(_first(text, "head_dim") or hidden // heads),
+            intermediate_size=int(_first(text, "intermediate_size", "n_inner") or 4 * hidden),
+            vocab_size=int(text.vocab_size),
+            context=int(_first(text, "max_position_embeddings", "n_positions") or 2048),
+            parameters=sum(p.numel() for p in unique_parameters(model)),
+            tied=bool(getattr(text, "tie_word_embeddings", False)),
+            config=config,
+        )
+
+    def meta_model(self) -> nn.Module:
+        """The module tree without memory (meta device), to look up names and shapes."""
+        return _meta_model(self.config)
+
+    def linear_modules(self) -> tuple[LinearModule, ...]:
+        """Every projection of the tree, the head included."""
+        return tuple(linear_modules(self.meta_model()))
+
+
+def linear_modules(model: nn.Module) -> list[LinearModule]:
+    """nn.Linear and Conv1D modules with (in, out) as they multiply."""
+    found = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            found.append(LinearModule(path, "linear", module.in_features, module.out_features))
+        elif isinstance(module, Conv1D):
+            rows, columns = module.weight.shape
+            found.append(LinearModule(path, "conv1d", rows, columns))
+    return found
+
+
+def unique_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters, a tied pair once."""
+    return list({id(p): p for p in model.parameters()}.values())
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """A transformers config from a folder.
+
+    Raises:
+        ModelError: missing, broken, unknown architecture, or code of its own without consent.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{folder} is not a model folder: it has no config.json",
+            fix="give the folder that holds config.json and *.safetensors",
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from None
+    if raw.get("auto_map") and not trust_remote_code:
+        raise ModelError(
+            f"{folder} wants to run its own Python code",
+            got=", ".join(f"{k}: {v}" for k, v in sorted(raw["auto_map"].items())),
+            fix="read that code; if you trust it, add --trust-remote-code",
+        )
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # transformers raises many types for a bad config
+        raise ModelError(
+            f"{path} describes a model that cannot be built",
+            got=f"model_type {raw.get('model_type')!r}: {_first_line(error)}",
+            fix="update transformers if the model is newer than it, or check the file",
+        ) from None
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def stored_dtype(config: PretrainedConfig) -> str | None:
+    """The checkpoint's type as its config names it."""
+    dtype = getattr(config.get_text_config(), "dtype", None)
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+@functools.lru_cache(maxsize=4)
+def _meta_model_cached(key: str, config_class: type, model_type: str) -> nn.Module:
+    config = config_class(**json.loads(key))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _meta_model(config: PretrainedConfig) -> nn.Module:
+    try:
+        return _meta_model_cached(
+            json.dumps(config.to_dict(), sort_keys=True, default=str),
+            type(config),
+            config.model_type,
+        )
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"no causal language model can be built from this config ({config.model_type})",
+            got=_first_line(error),
+        ) from None
+
+
+class NameMap:
+    """Disk name ↔ module path ↔ tied partner, for one base.
+
+    Built from the module tree. `to_module` takes a name as stored and gives the parameter's path,
+    or None for buffers and left-overs; GPT-2's missing `transformer.` and similar base-model
+    prefixes are understood.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self.prefix = str(getattr(model, "base_model_prefix", ""))
+        first: dict[int, str] = {}
+        self.tied: dict[str, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if id(parameter) in first:
+                self.tied[name] = first[id(parameter)]
+            else:
+                first[id(parameter)] = name
+
+    def to_module(self, disk: str) -> str | None:
+        """The parameter path that a stored name means."""
+        for candidate in (
+            disk,
+            f"{self.prefix}.{disk}",
+            disk.removeprefix(f"{self.prefix}."),
+            disk.replace("language_model.model.", "model.", 1),
+            disk.replace("model.language_model.", "model.", 1),
+        ):
+            if candidate in self.parameters:
+                return candidate
+        return None
+
+    def partner(self, path: str) -> str | None:
+        """The parameter that this one is tied to, if it is."""
+        return self.tied.get(path)
+
+
+def _first(config: Any, *names: str) -> Any:
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return value[0] if isinstance(value, list) else value
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:300]
