@@ -1,0 +1,74 @@
+"""One projection with an adapter on it: y = W·x + b + scale · B·A·dropout(x).
+
+(Hu et al. 2021, arXiv:2106.09685.) The frozen module stays a child named `base`, so it can be
+handed back; the arithmetic is `kernels/linear.py`'s. Knows no model and no files.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tsugiki.kernels.linear import DenseWeight, FrozenWeight, LoraTerm, grouped_linear
+
+
+def frozen_weight(module: nn.Module) -> FrozenWeight:
+    """The weight of a plain projection behind the protocol; Conv1D stores (in, out)."""
+    assert isinstance(module, nn.Linear | Conv1D)
+    return DenseWeight(module.weight, module.bias, transposed=isinstance(module, Conv1D))
+
+
+class LoraLinear(nn.Module):
+    """A projection with one trainable adapter.
+
+    Args:
+        base: nn.Linear or transformers' Conv1D; frozen, kept as the child `base`.
+        a: (r, in) fp32.
+        b: (out, r) fp32.
+        scale: alpha/r, or alpha/sqrt(r).
+        dropout: on the adapter's input while training.
+    """
+
+    def __init__(
+        self, base: nn.Module, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        weight = frozen_weight(base)
+        assert a.shape[1] == weight.shape[1], f"A {tuple(a.shape)} on {weight.shape}"
+        assert b.shape[0] == weight.shape[0], f"B {tuple(b.shape)} on {weight.shape}"
+        assert a.shape[0] == b.shape[1], f"A {tuple(a.shape)}, B {tuple(b.shape)}"
+        self.base = base
+        device = next(base.parameters()).device
+        self.lora_A = nn.Parameter(a.to(device))
+        self.lora_B = nn.Parameter(b.to(device))
+        self.scale = scale
+        self.dropout = dropout
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight as stored; some architectures read its dtype."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def term(self) -> LoraTerm:
+        """The adapter's part, dropout only while training."""
+        return LoraTerm(
+            self.lora_A, self.lora_B, self.scale, self.dropout if self.training else 0.0
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, in) → (…, out)."""
+        return grouped_linear(x, [frozen_weight(self.base)], [[self.term]])[0]
+
+    def extra_repr(self) -> str:
+        """Rank and scale, for printing the model."""
+        return f"r={self.lora_A.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+def delta(module: LoraLinear) -> Tensor:
+    """The change of the (out, in) weight that the adapter makes, in fp32."""
+    with torch.no_grad():
+        return module.scale * (module.lora_B.float() @ module.lora_A.float())

@@ -1,0 +1,145 @@
+"""Which projections an adapter sits on: from a user's words to module paths.
+
+A name that matches nothing is refused even beside right ones; a kind that cannot be adapted is
+named and refused, never skipped. Knows the families' names for query, key, value, … and no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from tsugiki.errors import AdapterError, did_you_mean
+
+# The role of a projection by its last name; fused ones play several.
+ROLES: dict[str, str] = {
+    "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o",
+    "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",
+    "qkv_proj": "qkv", "gate_up_proj": "mlp",                          # Phi-3
+    "c_attn": "qkv", "attn.c_proj": "o", "c_fc": "mlp", "mlp.c_proj": "mlp",  # GPT-2
+    "query_key_value": "qkv", "dense": "o",                            # GPT-NeoX, Falcon, Bloom
+    "dense_h_to_4h": "mlp", "dense_4h_to_h": "mlp",
+    "out_proj": "o", "fc1": "mlp", "fc2": "mlp",                       # OPT, Phi
+}  # fmt: skip
+
+WORDS: dict[str, set[str] | None] = {
+    "minimal": {"q", "v", "qkv"},
+    "standard": {"q", "k", "v", "o", "qkv"},
+    "maximal": None,
+    "all-linear": None,
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A projection to adapt: module path, parameter, kind (linear or conv1d), and shape."""
+
+    path: str
+    kind: str
+    in_features: int
+    out_features: int
+    parameter: str = "weight"
+
+    def count(self, r: int) -> int:
+        """Parameters of an adapter of rank r here: r·(in + out)."""
+        return r * (self.in_features + self.out_features)
+
+
+def candidates(model: nn.Module) -> list[Target]:
+    """Every projection that can be adapted, in module order; the output head is left out."""
+    head = _head_path(model)
+    found = []
+    for path, module in model.named_modules():
+        if path == head or not path:
+            continue
+        if isinstance(module, nn.Linear):
+            found.append(Target(path, "linear", module.in_features, module.out_features))
+        elif isinstance(module, Conv1D):
+            rows, columns = module.weight.shape
+            found.append(Target(path, "conv1d", rows, columns))
+    return found
+
+
+def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[Target, ...]:
+    """Module paths for what the user asked.
+
+    Args:
+        model: any module tree, also on the meta device.
+        targets: minimal, standard, maximal, all-linear; or names: the end of a path, whole
+            components (`q_proj`, `attn.c_proj`, `layers.0.mlp.up_proj`).
+
+    Raises:
+        AdapterError: a name that matches nothing, or something that cannot be adapted.
+    """
+    possible = candidates(model)
+    if not possible:
+        raise AdapterError("this model has no linear projection that can be adapted")
+    if isinstance(targets, str) and targets in WORDS:
+        roles = WORDS[targets]
+        if roles is None:
+            _refuse_stacked_experts(model, targets)
+            return tuple(possible)
+        chosen = [t for t in possible if _role(t.path) in roles]
+        if not chosen:
+            raise AdapterError(
+                f"--targets {targets} knows no projection of this architecture",
+                allowed=", ".join(_last_names(possible)),
+                fix="--targets all-linear, or name them",
+            )
+        return tuple(chosen)
+    names = [targets] if isinstance(targets, str) else list(targets)
+    wrong, chosen_paths = [], set()
+    for name in names:
+        matches = {t.path for t in possible if t.path == name or t.path.endswith(f".{name}")}
+        if not matches:
+            wrong.append(_why_not(model, name, possible))
+        chosen_paths |= matches
+    if wrong or not chosen_paths:
+        raise AdapterError(
+            "these targets cannot be adapted:\n" + "\n".join(f"    {line}" for line in wrong)
+            if wrong
+            else "no target was named",
+            allowed=", ".join([*WORDS, *_last_names(possible)]),
+        )
+    return tuple(t for t in possible if t.path in chosen_paths)
+
+
+def _role(path: str) -> str | None:
+    parts = path.split(".")
+    return ROLES.get(".".join(parts[-2:])) or ROLES.get(parts[-1])
+
+
+def _last_names(possible: list[Target]) -> list[str]:
+    return list(dict.fromkeys(t.path.rsplit(".", 1)[-1] for t in possible))
+
+
+def _why_not(model: nn.Module, name: str, possible: list[Target]) -> str:
+    for path, module in model.named_modules():
+        if path == name or path.endswith(f".{name}"):
+            if path == _head_path(model):
+                return f"{name}: the output head is not adapted (it may be tied to the embedding)"
+            return f"{name}: a {type(module).__name__} is not a linear projection"
+    if any(n == name or n.endswith(f".{name}") for n, _ in model.named_parameters()):
+        return f"{name}: a bare parameter (stacked experts or a fused tensor) is not supported"
+    near = did_you_mean(name, tuple(_last_names(possible)))
+    return f"{name}: no module of that name" + (f"; did you mean {near}?" if near else "")
+
+
+def _refuse_stacked_experts(model: nn.Module, word: str) -> None:
+    for path, parameter in model.named_parameters():
+        if parameter.dim() == 3 and ".experts." in path:
+            raise AdapterError(
+                f"--targets {word}: the stacked experts of this model ({path}) are not supported",
+                fix="--targets standard adapts the attention projections",
+            )
+
+
+def _head_path(model: nn.Module) -> str | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    if head is None:
+        return None
+    return next((path for path, module in model.named_modules() if module is head), None)
