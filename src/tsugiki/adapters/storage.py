@@ -1,0 +1,352 @@
+"""An adapter as a folder: PEFT's layout, and `tsugiki.json` with what no later stage should ask again.
+
+Written whole or not at all. What is read is hostile: only safetensors, header checked, every
+tensor accounted for, values finite, the base compared by its tensors. Reading PEFT's config is
+`adapters/peft_config.py`'s. Knows no training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from tsugiki.adapters.attach import lora_modules, place, refuse_attached
+from tsugiki.adapters.peft_config import PeftConfig, read_peft_config
+from tsugiki.errors import AdapterError, TsugikiError
+from tsugiki.files import atomic_folder, read_json, sha256_file
+from tsugiki.models.load import check_safetensors
+
+FORMAT_VERSION = 1
+PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Who a base is: name and commit for people, digests of its tensors for us."""
+
+    name: str
+    exact: str
+    rounded: str
+    commit: str | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What loading an adapter found out."""
+
+    folder: Path
+    r: int
+    targets: tuple[str, ...]
+    base_name: str | None
+    verified: bool
+    notes: list[str] = field(default_factory=list)
+    chat: dict[str, Any] | None = None
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class ReadAdapter:
+    """A and B of every target (fp32), their scales, and the info."""
+
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    scales: dict[str, float]
+    dropout: float
+    info: AdapterInfo
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: Path,
+    *,
+    base: BaseIdentity | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    chat: dict[str, Any] | None = None,
+    training_info: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    replace: bool = False,
+) -> Path:
+    """Write the adapter that sits on `model`.
+
+    Args:
+        base: who the base is; without it later loads cannot verify it.
+        chat: the chat format's state, so that chat renders what training saw.
+        extra: more for `tsugiki.json` (data fingerprint, scores, lineage, config).
+        replace: an existing folder gives way once the new one is whole.
+
+    Raises:
+        AdapterError: there is no adapter on the model.
+        DiskError, RunError: it could not be written; what was there is intact.
+    """
+    modules = dict(lora_modules(model))
+    if not modules:
+        raise AdapterError("there is no adapter on this model to save")
+    first = next(iter(modules.values()))
+    r = first.lora_A.shape[0]
+    tensors = adapter_tensors(model)
+    content = save(tensors, metadata={"format": "pt"})
+    conv1d = [isinstance(m.base, Conv1D) for m in modules.values()]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.name if base else None,
+        "revision": base.commit if base else None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": _plain_number(first.scale * r),
+        "lora_dropout": first.dropout,
+        "target_modules": sorted(modules),
+        "fan_in_fan_out": all(conv1d),
+        "bias": "none",
+        "use_rslora": False,
+        "init_lora_weights": True,
+    }
+    record = {
+        "format_version": FORMAT_VERSION,
+        "base": asdict(base) if base else None,
+        "targets": {
+            path: {"r": m.lora_A.shape[0], "scale": m.scale, "disk": f"{path}.weight"}
+            for path, m in modules.items()
+        },
+        "weights_sha256": hashlib.sha256(content).hexdigest(),
+        "chat": chat,
+        "versions": {name: version(name) for name in ("tsugiki", "torch", "transformers")},
+        **(extra or {}),
+    }
+    with atomic_folder(folder, replace=replace) as temporary:
+        (temporary / WEIGHTS).write_bytes(content)
+        _dump(temporary / "adapter_config.json", config)
+        _dump(temporary / "tsugiki.json", record)
+        if training_info is not None:
+            _dump(temporary / "training_info.json", dict(training_info))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """PEFT's names → A (r, in) and B (out, r), fp32 on the CPU."""
+    tensors = {}
+    for path, module in lora_modules(model):
+        for name in ("lora_A", "lora_B"):
+            value = getattr(module, name).detach().to("cpu", torch.float32).contiguous()
+            tensors[f"{PREFIX}{path}.{name}.weight"] = value
+    return tensors
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: Path | str,
+    *,
+    base: BaseIdentity | None = None,
+    trainable: bool = False,
+    accept_base: bool = False,
+) -> AdapterInfo:
+    """Put a stored adapter on a model; the model is untouched when anything is wrong.
+
+    Args:
+        base: who the model is; None leaves the base unverified, with a note.
+        trainable: its tensors get gradients.
+        accept_base: load also on another base of the same shapes, with a loud note.
+
+    Raises:
+        AdapterError: see `read_adapter`; or an adapter is on the model already.
+    """
+    refuse_attached(model)
+    read = read_adapter(Path(folder), dict(model.named_modules()), base, accept_base=accept_base)
+    place(model, read.pairs, read.scales, read.dropout, trainable=trainable)
+    return read.info
+
+
+def read_adapter(
+    folder: Path,
+    modules: Mapping[str, nn.Module],
+    base: BaseIdentity | None,
+    *,
+    accept_base: bool = False,
+) -> ReadAdapter:
+    """Read and check everything before anything is changed.
+
+    Raises:
+        AdapterError: not an adapter folder; pickled; a missing layer, an extra tensor, a wrong
+            shape or rank, NaN or inf; changed weights; another base. Tensors are named.
+    """
+    config = read_peft_config(folder)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise AdapterError(
+            f"{folder} has no {WEIGHTS}",
+            got="adapter_model.bin (pickled: it could run code)"
+            if (folder / "adapter_model.bin").exists()
+            else None,
+            fix="save the adapter again with safetensors",
+        )
+    check_safetensors(weights, AdapterError)
+    record = _read_record(folder)
+    digest = sha256_file(weights)
+    notes: list[str] = []
+    if record is not None:
+        if record.get("weights_sha256") != digest:
+            raise AdapterError(
+                f"{weights} is not the file that was saved with {folder / 'tsugiki.json'}",
+                got=f"SHA-256 {digest[:16]}…",
+                allowed=f"{str(record.get('weights_sha256'))[:16]}…",
+                fix="copy the adapter again from where it was made",
+            )
+        notes += check_base(record.get("base"), base, folder, accept_base=accept_base)
+    else:
+        named = config.base_name or "no base named"
+        notes.append(
+            f"base not verified: {folder} comes from elsewhere and says {named!r}; "
+            "only shapes were checked"
+        )
+    try:
+        tensors = load_file(weights)
+    except Exception as error:  # the reader's own error type for a file that lies
+        raise AdapterError(f"{weights} cannot be read: {error}") from None
+    pairs, scales = _pair_up(tensors, config, modules, folder, record)
+    verified = record is not None and base is not None and bool(record.get("base"))
+    info = AdapterInfo(
+        folder=folder,
+        r=config.r,
+        targets=tuple(pairs),
+        base_name=config.base_name,
+        verified=verified and not any("accepted" in note for note in notes),
+        notes=notes,
+        chat=record.get("chat") if record else None,
+        digest=digest,
+    )
+    return ReadAdapter(pairs, scales, config.dropout, info)
+
+
+def check_base(
+    saved: Any, base: BaseIdentity | None, folder: Path, *, accept_base: bool
+) -> list[str]:
+    """Notes on a base that is right or accepted.
+
+    Raises:
+        AdapterError: another base, and `accept_base` is false.
+    """
+    if not saved or base is None:
+        return ["base not verified: one of the two carries no fingerprint"]
+    if saved["exact"] == base.exact:
+        return []
+    same_rounded = saved["rounded"] == base.rounded
+    if same_rounded:
+        what = f"the same base in another type ({base.dtype} instead of {saved.get('dtype')})"
+    else:
+        what = "another base: its tensors differ"
+    if accept_base:
+        return [f"accepted by --accept-base: {what}"]
+    raise AdapterError(
+        f"{folder} was trained on {saved['name']}, and {base.name} is {what}",
+        got=f"fingerprint {base.exact[:16]}…",
+        allowed=f"{saved['exact'][:16]}… ({saved['name']}"
+        + (f" at {saved['commit'][:12]})" if saved.get("commit") else ")"),
+        fix="--model with the base it was trained on"
+        + ("; or --accept-base, since only the type differs" if same_rounded else ""),
+    )
+
+
+def _pair_up(
+    tensors: dict[str, Tensor],
+    config: PeftConfig,
+    modules: Mapping[str, nn.Module],
+    folder: Path,
+    record: Mapping[str, Any] | None,
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
+    halves: dict[str, dict[str, Tensor]] = {}
+    wrong: list[str] = []
+    for name, tensor in tensors.items():
+        path, half = _parse_name(name)
+        if path is None or half is None:
+            wrong.append(f"{name}: not an A or B of a linear projection")
+            continue
+        module = modules.get(path)
+        if not isinstance(module, nn.Linear | Conv1D):
+            wrong.append(f"{name}: the base has no projection {path}")
+            continue
+        if not tensor.is_floating_point():
+            wrong.append(f"{name}: {tensor.dtype} is not a floating type")
+            continue
+        if not bool(torch.isfinite(tensor).all()):
+            wrong.append(f"{name}: holds NaN or inf")
+            continue
+        rows, columns = module.weight.shape
+        outs, ins = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+        r = config.rank_of(path)
+        right = (r, ins) if half == "lora_A" else (outs, r)
+        if tuple(tensor.shape) != right:
+            wrong.append(f"{name}: shape {tuple(tensor.shape)}, expected {right}")
+            continue
+        halves.setdefault(path, {})[half] = tensor.float()
+    for path, found in halves.items():
+        wrong += [
+            f"{PREFIX}{path}.{half}.weight: missing"
+            for half in ("lora_A", "lora_B")
+            if half not in found and not any(w.startswith(f"{PREFIX}{path}.{half}") for w in wrong)
+        ]
+    expected = set(record["targets"]) if record else config.expected(modules)
+    wrong += [f"{PREFIX}{path}: the layer is missing" for path in sorted(expected - set(halves))]
+    if record:
+        extra = sorted(set(halves) - expected)
+        wrong += [f"{PREFIX}{path}: a layer that was not trained" for path in extra]
+    if wrong or not halves:
+        shown = wrong[:12] + ([f"… and {len(wrong) - 12} more"] if len(wrong) > 12 else [])
+        raise AdapterError(
+            f"{folder} does not fit this base:\n"
+            + "\n".join(f"    {line}" for line in shown or ["it holds no tensors"]),
+            fix="use the base it was trained on, and an unchanged copy of the adapter",
+        )
+    ordered = [path for path in modules if path in halves]
+    pairs = {path: (halves[path]["lora_A"], halves[path]["lora_B"]) for path in ordered}
+    return pairs, {path: config.scale_of(path) for path in ordered}
+
+
+def _parse_name(name: str) -> tuple[str | None, str | None]:
+    stem = name.removeprefix(PREFIX).removesuffix(".weight")
+    path, _, half = stem.rpartition(".")
+    if half not in ("lora_A", "lora_B") or not name.startswith(PREFIX):
+        return None, None
+    return path, half
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    path = folder / "tsugiki.json"
+    if not path.is_file():
+        return None
+    try:
+        record = read_json(path)
+    except TsugikiError as error:
+        raise AdapterError(error.problem) from None
+    if not isinstance(record, dict) or not isinstance(record.get("targets"), dict):
+        raise AdapterError(f"{path} is damaged", fix="copy the adapter again")
+    if record.get("format_version", 0) > FORMAT_VERSION:
+        raise AdapterError(
+            f"{path} was written by a newer tsugiki",
+            got=f"format {record['format_version']}",
+            allowed=f"up to {FORMAT_VERSION}",
+            fix="pip install -U tsugiki",
+        )
+    return record
+
+
+def _dump(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _plain_number(value: float) -> float | int:
+    rounded = round(value, 10)
+    return int(rounded) if rounded == int(rounded) else rounded
