@@ -1,4 +1,4 @@
-"""An adapter as a folder: PEFT's layout, and `tsugiki.json` with what no later stage should ask again.
+"""An adapter as a folder: PEFT's layout, and `tsugiki.json` with what training knew.
 
 Written whole or not at all. What is read is hostile: only safetensors, header checked, every
 tensor accounted for, values finite, the base compared by its tensors. Reading PEFT's config is
