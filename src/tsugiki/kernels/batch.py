@@ -60,7 +60,8 @@ class ForwardBatch:
     adapters: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-    XX
+            assert self.lengths
+        assert min(self.lengths) > 0, "a sequence without tokens"
 
     @property
     def tokens(self) -> int:
