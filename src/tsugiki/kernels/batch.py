@@ -60,7 +60,7 @@ class ForwardBatch:
     adapters: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-            assert self.lengths
+        assert self.lengths
         assert min(self.lengths) > 0, "a sequence without tokens"
 
     @property
