@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tsugiki import supervise
+from tsugiki import __version__, supervise
 from tsugiki.config import RunConfig, build_config, read_yaml
 from tsugiki.errors import TsugikiError, UsageError
 from tsugiki.flags import columns, with_config_flags
@@ -39,9 +39,7 @@ def root(
 ) -> None:
     """LoRA for the whole life of an adapter, on the machine you have."""
     if version:
-        from importlib.metadata import version as installed
-
-        print(f"tsugiki {installed('tsugiki')}")
+        print(f"tsugiki {__version__}")
         raise typer.Exit
 
 

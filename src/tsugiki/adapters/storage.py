@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from tsugiki import __version__
 from tsugiki.adapters.attach import lora_modules, place, refuse_attached
 from tsugiki.adapters.peft_config import PeftConfig, read_peft_config
 from tsugiki.errors import AdapterError, TsugikiError
@@ -122,7 +123,7 @@ def save_adapter(
         },
         "weights_sha256": hashlib.sha256(content).hexdigest(),
         "chat": chat,
-        "versions": {name: version(name) for name in ("tsugiki", "torch", "transformers")},
+        "versions": versions(),
         **(extra or {}),
     }
     with atomic_folder(folder, replace=replace) as temporary:
@@ -134,6 +135,15 @@ def save_adapter(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
     return folder
+
+
+def versions() -> dict[str, str]:
+    """What wrote an artefact."""
+    return {
+        "tsugiki": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
