@@ -129,7 +129,11 @@ class Scheduler:
             sequence = self.waiting.popleft()
             best = max(
                 (index for index, slot in enumerate(self.slots) if slot.free),
-                key=lambda index: (self._reusable(index, sequence), -self.slots[index].used, -index),
+                key=lambda index: (
+                    self._reusable(index, sequence),
+                    -self.slots[index].used,
+                    -index,
+                ),
             )
             slot = self.slots[best]
             kept = self._reusable(best, sequence)
