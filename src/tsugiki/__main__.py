@@ -5,6 +5,6 @@ from tsugiki import supervise
 if supervise.is_worker():
     supervise.become_worker()
 
-from tsugiki.cli import main  # noqa: E402 (the lifeline comes before anything that takes long)
+from tsugiki.cli import main
 
 main()

@@ -27,7 +27,7 @@ def looks_like_aozora(raw: bytes) -> bool:
     if text is None:
         return False
     has_marks = "《" in text or "［＃" in text
-    tail = _decode(raw[-4096:]) or text
+    tail = text if len(raw) <= 1 << 20 else raw[-4096:].decode("cp932", errors="replace")
     has_frame = bool(RULE.search(text[:4000])) or bool(COLOPHON.search(tail))
     return has_marks and has_frame
 
@@ -72,6 +72,6 @@ def _decode(raw: bytes) -> str | None:
         try:
             return raw.decode(encoding)
         except UnicodeDecodeError as error:
-            if error.start > len(raw) - 4 or error.start < 4:  # cut inside a character
+            if error.start > len(raw) - 4 and len(raw) > 64:  # cut inside a character
                 return raw.decode(encoding, errors="ignore")
     return None

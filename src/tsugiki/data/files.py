@@ -190,14 +190,8 @@ def _json(path: Path) -> Iterator[Record | Skipped]:
         )
         raise DataError(f"{path}: {error}", fix=hint) from None
     if isinstance(value, dict):
-        inner = next(
-            (
-                value[k]
-                for k in ("data", "rows", "train", "conversations")
-                if isinstance(value.get(k), list)
-            ),
-            None,
-        )  # noqa: E501
+        holders = ("data", "rows", "train", "conversations")
+        inner = next((value[key] for key in holders if isinstance(value.get(key), list)), None)
         value = [value] if inner is None or "messages" in value else inner
     if not isinstance(value, list):
         raise DataError(f"{path} must hold a list of rows", got=_kind(value))
