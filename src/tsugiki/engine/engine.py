@@ -50,12 +50,14 @@ class Event:
 
     token: the id, None when it is a stop token or when there is none (cancelled).
     text: what became certain; pieces joined are the answer's text.
+    reused: prompt tokens that were still in a slot; on the last event.
     """
 
     request: int
     token: int | None
     text: str
     finish: Finish | None = None
+    reused: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class Engine:
         """One forward: a token for every request whose prompt is computed.
 
         Raises:
-            NonFiniteError: the model gave NaN; the request's number is named.
+            NonFiniteError: the model gave NaN; every request is cancelled.
         """
         work = self._scheduler.plan()
         if not work:
@@ -160,15 +162,15 @@ class Engine:
         ready = [self._active[item.sequence.number] for item in work if item.completes]
         if not ready:
             return []
-        broken = logits.isnan().any(dim=-1).tolist()
+        if bool(logits.isnan().any()):
+            self._give_up()
+            raise NonFiniteError(
+                "the model gave NaN; no token can be chosen",
+                fix="--dtype float32; if it stays, the weights or an adapter are broken",
+            )
         best = logits.argmax(dim=-1).tolist()
         events = []
         for row, active in enumerate(ready):
-            if broken[row]:
-                raise NonFiniteError(
-                    f"the model gave NaN for request {active.sequence.number}",
-                    fix="--dtype float32; if it stays, the weights or the adapter are broken",
-                )
             sampling = active.request.sampling
             token = (
                 best[row]
@@ -210,15 +212,26 @@ class Engine:
             texts[index].append(event.text)
             if event.finish is not None:
                 finishes[index] = event.finish
-                reused[index] = self.last_reused
+                reused[index] = event.reused
         return [
             Completion(tuple(ids[i]), "".join(texts[i]), finishes[i], len(r.ids), reused[i])
             for i, r in enumerate(requests)
         ]
 
     def forget(self) -> None:
-        """Drop all kept prefixes; needed after the weights or an attached adapter changed."""
+        """Drop all kept prefixes; needed after the weights or an attached adapter changed.
+
+        Frees the keys and values too when nothing runs.
+        """
         self._scheduler.forget()
+        if self.idle:
+            self._runner.clear()
+
+    def _give_up(self) -> None:
+        """Nothing of a step that went wrong may be read again: NaN · 0 is NaN."""
+        for number in list(self._active):
+            self.cancel(number)
+        self.forget()
 
     def _take(self, active: _Active, token: int) -> Event:
         if token in active.request.stop_ids:
@@ -239,7 +252,8 @@ class Engine:
         rest = active.stops.push(active.stream.finish())
         if active.stops.found:
             finish = "stop"
-        return Event(active.sequence.number, token, text + rest + active.stops.finish(), finish)
+        text += rest + active.stops.finish()
+        return Event(active.sequence.number, token, text, finish, active.sequence.reused)
 
 
 class _Evaluating:

@@ -34,6 +34,10 @@ class Runner(Protocol):
         """Logits (n, V) after the last token of each work that completes, in order."""
         ...
 
+    def clear(self) -> None:
+        """Drop every past."""
+        ...
+
 
 class FlatRunner:
     """All sequences end to end in one forward; a slot can be cut back."""
@@ -66,6 +70,10 @@ class FlatRunner:
             logits = flat_forward(self._base.model, ids, batch, logits_at=logits_at)[0]
         # an architecture that does not know logits_to_keep answers for every token
         return logits if logits.shape[0] == len(ends) else logits[logits_at]
+
+    def clear(self) -> None:
+        """Drop keys and values."""
+        self.slots = Slots()
 
 
 class SoloRunner:
@@ -107,6 +115,10 @@ class SoloRunner:
         logits = out.logits[:, -1]
         assert isinstance(logits, Tensor)
         return logits
+
+    def clear(self) -> None:
+        """Drop the model's cache."""
+        self._cache = None
 
 
 class _BatchFor:

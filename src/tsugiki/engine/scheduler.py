@@ -142,6 +142,11 @@ class Scheduler:
             sequence.slot, sequence.done, sequence.reused = best, kept, kept
             self.running.append(sequence)
 
+    def _gain(self, index: int, sequence: Sequence) -> int:
+        """What speaks for a slot: a prefix, unless most of another conversation would be lost."""
+        same = self._reusable(index, sequence)
+        return same if 2 * same >= len(self.slots[index].tokens) else 0
+
     def _reusable(self, index: int, sequence: Sequence) -> int:
         """Tokens at the start of a request that a slot holds; the last is always computed anew."""
         slot = self.slots[index]

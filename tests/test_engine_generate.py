@@ -1,0 +1,92 @@
+"""The engine against the plain meaning of greedy generation: the whole text again for each token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engine_tiny import tiny_base
+
+from tsugiki.engine.engine import Completion, Engine, Request
+from tsugiki.engine.sampling import Sampling
+from tsugiki.kernels.batch import ForwardBatch
+from tsugiki.models.load import Base, ResolvedModel, load_base
+
+MARGIN = 1e-3  # of the logits' spread: nearer than this, two tokens may change places
+FAMILIES = ["llama", "gpt2", "gemma2", "gemma3", "qwen3", "mistral"]
+
+
+def prompt(seed: int, length: int) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(0, 256, (length,), generator=generator).tolist())
+
+
+def assert_greedy(base: Base, ids: tuple[int, ...], got: Completion) -> None:
+    """Each token is the argmax given those before it, or within MARGIN of it."""
+    text = torch.tensor([[*ids, *got.ids]])
+    with torch.no_grad():
+        logits = base.forward(text, ForwardBatch((text.shape[1],)))[0]
+    rows = logits[len(ids) - 1 : -1].float()
+    chosen = rows.gather(1, torch.tensor(got.ids)[:, None])[:, 0]
+    behind = (rows.max(dim=1).values - chosen).max()
+    assert behind <= MARGIN * rows.std(), f"{behind} below the best logit"
+
+
+def greedy(length: int) -> Sampling:
+    return Sampling(max_tokens=length)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_batch_is_greedy(family: str) -> None:
+    """Prompts of several lengths, some in chunks, beside decoding; more requests than slots."""
+    base = tiny_base(family)
+    engine = Engine(base, slots=3, token_budget=16)
+    lengths = (1, 40, 7, 23, 16, 2)
+    requests = [Request(prompt(i, n), sampling=greedy(20)) for i, n in enumerate(lengths)]
+    answers = engine.complete(requests)
+    assert [a.finish for a in answers] == ["length"] * len(requests)
+    for request, answer in zip(requests, answers, strict=True):
+        assert len(answer.ids) == 20
+        assert_greedy(base, request.ids, answer)
+
+
+@pytest.mark.parametrize("family", ["bloom", "gpt2"])
+def test_bases_that_must_run_alone(family: str) -> None:
+    base = tiny_base(family, flat=False)
+    engine = Engine(base)
+    requests = [Request(prompt(i, n), sampling=greedy(8)) for i, n in enumerate((5, 1, 12))]
+    for request, answer in zip(requests, engine.complete(requests), strict=True):
+        assert_greedy(base, request.ids, answer)
+
+
+def test_next_turn_computes_only_what_is_new() -> None:
+    base = tiny_base("llama")
+    engine = Engine(base, slots=2)
+    first = Request(prompt(0, 30), sampling=greedy(10))
+    (answer,) = engine.complete([first])
+    longer = (*first.ids, *answer.ids, *prompt(1, 6))
+    (second,) = engine.complete([Request(longer, sampling=greedy(10))])
+    assert second.reused == len(first.ids) + len(answer.ids) - 1
+    assert_greedy(base, longer, second)
+    (other,) = engine.complete([Request(prompt(2, 30), sampling=greedy(3))])
+    assert other.reused == 0
+    (again,) = engine.complete([Request((*longer, 7), sampling=greedy(3))])
+    assert again.reused >= len(longer), "another request took the conversation's slot"
+    engine.forget()
+    (fresh,) = engine.complete([Request((*longer, 7), sampling=greedy(3))])
+    assert fresh.reused == 0
+    assert fresh.ids == again.ids
+
+
+def test_stories260k(shared_data: Path) -> None:
+    """The greedy continuation that its author publishes, alone and beside others."""
+    folder = shared_data / "models" / "stories260K"
+    expected = (folder / "expected_greedy_200.txt").read_text(encoding="utf-8").strip()
+    base = load_base(ResolvedModel(folder, "stories260K"))
+    engine = Engine(base, token_budget=32)
+    bos = Request((1,), sampling=greedy(200), raw=True)
+    others = [Request((1, *prompt(i, 9 * i)), sampling=greedy(50)) for i in (1, 5)]
+    alone, beside = engine.complete([bos])[0], engine.complete([others[0], bos, others[1]])[1]
+    assert alone.text.strip() == expected
+    assert beside.text.strip() == expected
