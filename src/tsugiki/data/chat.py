@@ -1,0 +1,279 @@
+"""A conversation → the tokens that the model sees, and the labels that are trained.
+
+One object for training, samples, chat and `data show`, so one prompt gives one token list. Each
+answer is located by rendering and proven: the prompt's tokens must be a prefix of the tokens up to
+the answer's end, and the stop token is always a label. Knows no files and no lengths.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tsugiki.data.formats import Message, Row, RowProblem
+from tsugiki.data.templates import FALLBACKS
+from tsugiki.errors import DataError
+
+IGNORED = -100
+MARKER = "zxqj"
+
+
+@dataclass(frozen=True)
+class Example:
+    """What the model sees: ids, and labels of the same length (-100 = not trained).
+
+    turns: where each turn begins, for windowing; raw: plain text, which may be split.
+    """
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    source: str
+    key: str = ""
+    row: Row | None = None
+    raw: bool = False
+
+    @property
+    def labelled(self) -> int:
+        """How many tokens are trained."""
+        return sum(label != IGNORED for label in self.labels)
+
+
+class ChatFormat:
+    """One template with its tokenizer and stop token.
+
+    Args:
+        tokenizer: any transformers tokenizer.
+        name: "tokenizer" for its own template, else one of `FALLBACKS`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        self.tokenizer = tokenizer
+        self.name = name
+        self.template = None if name == "tokenizer" else FALLBACKS[name]
+        self.repairs: Counter[str] = Counter()
+        plain = tokenizer("a", add_special_tokens=True)["input_ids"]
+        self.bos = tokenizer.bos_token_id
+        self.starts_with_bos = self.bos is not None and bool(plain) and plain[0] == self.bos
+        self.eos = tokenizer.eos_token_id
+        found = self._find_stop()
+        self.appends_stop = found is None
+        if found is None:
+            if self.eos is None:
+                raise DataError(
+                    "this tokenizer has neither a chat template with a stop token nor an "
+                    "end-of-text token, so an answer could never end",
+                    fix="--template chatml with a tokenizer that has an eos_token",
+                )
+            found = self.eos
+        self.stop_id: int = found
+        self.stop_ids: tuple[int, ...] = tuple(
+            dict.fromkeys(i for i in (found, self.eos) if i is not None)
+        )
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, fallback: str | None = None) -> ChatFormat:
+        """The tokenizer's own template, or a named fallback (plain when none is named)."""
+        if fallback is None and tokenizer.chat_template:
+            return cls(tokenizer, "tokenizer")
+        return cls(tokenizer, fallback or "plain")
+
+    def state(self) -> dict[str, Any]:
+        """What an adapter folder keeps, so that chat renders what training saw."""
+        return {"format": self.name, "stop_id": self.stop_id, "stop_ids": list(self.stop_ids)}
+
+    @classmethod
+    def from_state(
+        cls, state: dict[str, Any] | None, tokenizer: PreTrainedTokenizerBase
+    ) -> ChatFormat:
+        """The format that an adapter was trained with."""
+        if not state:
+            return cls.of(tokenizer)
+        return cls(tokenizer, state["format"])
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        answer_next: bool,
+        tools: Sequence[Any] | None = None,
+    ) -> str:
+        """The template's text; raises whatever the template raises as RowProblem."""
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [m.as_dict() for m in messages],
+                tools=list(tools) if tools else None,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=answer_next,
+                starts_with_bos=self.starts_with_bos,
+            )
+        except Exception as error:  # a template may raise anything
+            reason = str(error).strip().split("\n")[0][:160]
+            raise RowProblem(f"the chat template refuses it: {reason}") from None
+        if not isinstance(text, str):
+            raise RowProblem("the chat template gave no text")
+        return text
+
+    def encode(self, text: str) -> list[int]:
+        """Rendered text → ids, no special tokens added."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def prompt_ids(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> list[int]:
+        """What the model sees before it answers. Used by training, samples, chat and show.
+
+        Raises:
+            RowProblem: the template refuses the conversation, also after repair.
+        """
+        messages, _ = self.repair(messages, tools)
+        return self.encode(self.render(messages, answer_next=True, tools=tools))
+
+    def examples(self, row: Row, train_on: str = "assistant") -> list[Example]:
+        """One example for the conversation, or one per answer where the template needs it.
+
+        Raises:
+            RowProblem: nothing to train, an answer that cannot be located, a template that
+                refuses the row also after repair.
+        """
+        if row.text is not None:
+            return [self._raw(row)]
+        messages, repairs = self.repair(row.messages, row.tools)
+        answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
+        if not answers:
+            raise RowProblem("no answer to train on")
+        if train_on == "last":
+            answers = answers[-1:]
+        key = self._key(messages, row)
+        spans = [self._answer(messages, i, row) for i in answers]
+        whole = spans[-1][0]
+        joined = all(whole[: len(ids)] == ids for ids, _ in spans)
+        self.repairs.update(repairs)
+        if not joined:
+            return [
+                self._example(ids, [(begin, len(ids))], row, key, train_on) for ids, begin in spans
+            ]
+        marks = [(begin, len(ids)) for ids, begin in spans]
+        return [self._example(whole, marks, row, key, train_on)]
+
+    def repair(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+        """The conversation in a form that the template takes, and the names of what was done.
+
+        Raises:
+            RowProblem: no repair helps.
+        """
+        original = tuple(messages)
+        first: RowProblem | None = None
+        options: list[tuple[tuple[Message, ...], tuple[str, ...]]] = [(original, ())]
+        folded, joined = _fold_system(original), _join_turns(original)
+        options.append((folded, ("system turn put into the first user turn",)))
+        options.append((joined, ("turns of one role joined",)))
+        options.append(
+            (
+                _join_turns(folded),
+                ("system turn put into the first user turn", "turns of one role joined"),
+            )
+        )
+        tried: set[tuple[Message, ...]] = set()
+        for candidate, names in options:
+            if candidate in tried or not candidate:
+                continue
+            tried.add(candidate)
+            try:
+                self.render(candidate, answer_next=candidate[-1].role != "assistant", tools=tools)
+            except RowProblem as problem:
+                first = first or problem
+                continue
+            return candidate, names
+        raise first or RowProblem("no turns")
+
+    def _answer(self, messages: tuple[Message, ...], index: int, row: Row) -> tuple[list[int], int]:
+        """Ids up to and with the stop token of the answer at `index`, and where it begins."""
+        before = self.render(messages[:index], answer_next=True, tools=row.tools)
+        upto = self.render(messages[: index + 1], answer_next=False, tools=row.tools)
+        prompt = self.encode(before)
+        ids = self.encode(upto)
+        if ids[: len(prompt)] != prompt:
+            if not upto.startswith(before):
+                raise RowProblem(
+                    f"turn {index + 1}: the template renders the prompt differently once "
+                    "the answer is there"
+                )
+            ids = prompt + self.encode(upto[len(before) :])
+        if self.appends_stop:
+            ids = [*ids, self.stop_id]
+        tail = ids[len(prompt) :]
+        if self.stop_id not in tail:
+            raise RowProblem(f"turn {index + 1}: no stop token after the answer")
+        end = len(tail) - tail[::-1].index(self.stop_id)
+        if end < 2:
+            raise RowProblem(f"turn {index + 1}: the answer has no tokens")
+        return ids[: len(prompt) + end], len(prompt)
+
+    def _example(
+        self, ids: list[int], spans: list[tuple[int, int]], row: Row, key: str, train_on: str
+    ) -> Example:
+        if train_on == "everything":
+            labels = list(ids)
+            if self.starts_with_bos:
+                labels[0] = IGNORED
+        else:
+            labels = [IGNORED] * len(ids)
+            for begin, end in spans:
+                labels[begin:end] = ids[begin:end]
+        return Example(tuple(ids), tuple(labels), row.source, key, row)
+
+    def _raw(self, row: Row) -> Example:
+        assert row.text is not None
+        ids = self.encode(row.text)
+        if not ids:
+            raise RowProblem("the text has no tokens")
+        labels = list(ids)
+        if self.starts_with_bos and self.bos is not None:
+            ids, labels = [self.bos, *ids], [IGNORED, *labels]
+        if self.eos is not None:
+            ids, labels = [*ids, self.eos], [*labels, self.eos]
+        return Example(tuple(ids), tuple(labels), row.source, row.text, row, raw=True)
+
+    def _key(self, messages: tuple[Message, ...], row: Row) -> str:
+        """Rows with one key stay on one side of a split: everything before the last answer."""
+        last = max(i for i, m in enumerate(messages) if m.role == "assistant")
+        return "\x1e".join(f"{m.role}\x1f{m.content}" for m in messages[:last])
+
+    def _find_stop(self) -> int | None:
+        """The first added token that the template puts after an answer; None if it puts none."""
+        probe = (Message("user", "a"), Message("assistant", MARKER))
+        try:
+            text = self.render(probe, answer_next=False)
+        except RowProblem:
+            return None
+        after = text[text.rindex(MARKER) + len(MARKER) :] if MARKER in text else ""
+        added = set(self.tokenizer.get_added_vocab().values()) | set(self.tokenizer.all_special_ids)
+        return next((i for i in self.encode(after) if i in added), None)
+
+
+def _fold_system(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    system = "\n\n".join(m.content for m in messages if m.role == "system")
+    rest = [m for m in messages if m.role != "system"]
+    for i, message in enumerate(rest):
+        if system and message.role == "user":
+            rest[i] = Message("user", f"{system}\n\n{message.content}", message.extra)
+            break
+    return tuple(rest)
+
+
+def _join_turns(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    out: list[Message] = []
+    for message in messages:
+        if out and out[-1].role == message.role and message.role in ("user", "assistant"):
+            out[-1] = Message(message.role, f"{out[-1].content}\n\n{message.content}")
+        else:
+            out.append(message)
+    return tuple(out)

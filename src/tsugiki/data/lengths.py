@@ -1,0 +1,124 @@
+"""Examples that are longer than the limit: skipped, windowed, or split; never cut silently.
+
+Knows nothing of training. The answer and its stop token are never touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tsugiki.data.chat import IGNORED, ChatFormat, Example
+from tsugiki.data.files import Skipped
+from tsugiki.data.formats import Message, Row, RowProblem
+
+
+def fit(
+    example: Example, max_length: int, long: str | None, chat: ChatFormat, train_on: str
+) -> tuple[list[Example], str | None] | Skipped:
+    """The example within the limit, and the name of what was done (None: it fitted).
+
+    Args:
+        long: skip, window or split; None means window for conversations and split for raw text.
+    """
+    if len(example.ids) <= max_length:
+        return [example], None
+    how = long or ("split" if example.raw else "window")
+    too_long = f"{len(example.ids)} tokens, more than --max-length {max_length}"
+    if how == "skip" or (how == "split") != example.raw:
+        why = too_long if how == "skip" else f"{too_long}; --long {how} is not for such rows"
+        return Skipped(example.source, why)
+    if how == "split":
+        return split(example, max_length), "split"
+    return window(example, max_length, chat, train_on)
+
+
+def split(example: Example, max_length: int) -> list[Example]:
+    """Raw text in pieces of at most `max_length`; only the true end carries the stop token.
+
+    Each piece but the first begins with the last token of the piece before it as context, so that
+    every token is predicted once.
+    """
+    pieces = []
+    begin = 0
+    total = len(example.ids)
+    while begin < total:
+        end = min(begin + max_length, total)
+        labels = list(example.labels[begin:end])
+        if begin > 0:
+            labels[0] = IGNORED
+        pieces.append(replace(example, ids=example.ids[begin:end], labels=tuple(labels)))
+        if end == total:
+            break
+        begin = end - 1
+    return [piece for piece in pieces if piece.labelled]
+
+
+def window(
+    example: Example, max_length: int, chat: ChatFormat, train_on: str
+) -> tuple[list[Example], str] | Skipped:
+    """Whole oldest turns go first, then the start of the last user text."""
+    row = example.row
+    assert row is not None
+    messages = list(row.messages)
+    if example.labelled + 1 >= max_length:
+        answers = [m for m in messages if m.role == "assistant"]
+        if len(answers) <= 1:
+            return Skipped(
+                example.source,
+                f"the answer alone has {example.labelled} tokens, more than "
+                f"--max-length {max_length}",
+            )
+    while True:
+        shorter = drop_oldest(messages)
+        if shorter is None:
+            break
+        messages = shorter
+        found = _try(row, messages, chat, train_on)
+        if found is not None and all(len(e.ids) <= max_length for e in found):
+            return found, "window"
+    return _cut_user(row, messages, max_length, chat, train_on)
+
+
+def drop_oldest(messages: list[Message]) -> list[Message] | None:
+    """The conversation without its oldest user turn and what answered it; None if one is left.
+
+    System turns stay.
+    """
+    starts = [i for i, m in enumerate(messages) if m.role == "user"]
+    if len(starts) < 2:
+        return None
+    return messages[: starts[0]] + messages[starts[1] :]
+
+
+def _cut_user(
+    row: Row, messages: list[Message], max_length: int, chat: ChatFormat, train_on: str
+) -> tuple[list[Example], str] | Skipped:
+    place = max((i for i, m in enumerate(messages) if m.role == "user"), default=None)
+    if place is None:
+        return Skipped(row.source, f"longer than --max-length {max_length}, with nothing to drop")
+    text = messages[place].content
+    low, high = 1, len(text)  # characters dropped from the start; fewest that fit
+    best: list[Example] | None = None
+    while low <= high:
+        middle = (low + high) // 2
+        cut = [*messages]
+        cut[place] = Message("user", text[middle:])
+        found = _try(row, cut, chat, train_on)
+        if found is not None and all(len(e.ids) <= max_length for e in found):
+            best, high = found, middle - 1
+        else:
+            low = middle + 1
+    if best is None:
+        return Skipped(
+            row.source, f"its answer and format alone are longer than --max-length {max_length}"
+        )
+    return best, "window"
+
+
+def _try(
+    row: Row, messages: list[Message], chat: ChatFormat, train_on: str
+) -> list[Example] | None:
+    try:
+        return chat.examples(replace(row, messages=tuple(messages)), train_on)
+    except RowProblem:
+        return None
