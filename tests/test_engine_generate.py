@@ -1,4 +1,4 @@
-"""The engine against the plain meaning of greedy generation: the whole text again for each token."""
+"""The engine against the plain meaning of greedy: the whole text again for each token."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ class Engine:
         """Events of all requests as they come; requests are numbered from `Event.request` up in
         the order given. Requests that are unfinished when the iterator is closed are cancelled.
         """
-        assert self.idle, "generate and stream need the engine for themselves"
+        assert not self._active, "generate and stream need the engine for themselves"
         numbers: list[int] = []
         try:
             numbers.extend(self.submit(request) for request in requests)

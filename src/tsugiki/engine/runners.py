@@ -43,7 +43,7 @@ class FlatRunner:
     """All sequences end to end in one forward; a slot can be cut back."""
 
     can_cut = True
-    limits = None
+    limits: tuple[int, int] | None = None
 
     def __init__(self, base: Base, pool: AdapterPool | None) -> None:
         self._base = base
@@ -85,7 +85,7 @@ class SoloRunner:
     """
 
     can_cut = False
-    limits = (1, 1 << 30)
+    limits: tuple[int, int] | None = (1, 1 << 30)
 
     def __init__(self, base: Base, pool: AdapterPool | None) -> None:
         self._base = base

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Sequence:
-    """One request on its way: ids are the prompt and what was generated; done of them are cached."""
+    """One request on its way: ids are prompt and answer so far; `done` of them are cached."""
 
     number: int
     ids: list[int]
@@ -89,7 +89,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def plan(self) -> list[Work]:
-        """What the next forward computes; empty when idle. Sorted: decodes by slot, then prompts."""
+        """What the next forward computes: decodes by slot, then prompts; empty when idle."""
         self._admit()
         decoding = [s for s in self.running if s.pending == 1]
         decoding.sort(key=lambda s: s.slot)

@@ -131,9 +131,16 @@ class Slots:
                 rows, kept, plan, scale=scale, window=window, softcap=softcap, sinks=sinks
             )
         if plan.fresh_batch is not None:
-            inner = [t[:, :, plan.fresh] for t in (q, k, v)]
+            inner_q, inner_k, inner_v = (t[:, :, plan.fresh] for t in (q, k, v))
             out[:, plan.fresh] = packed_attention(
-                *inner, plan.fresh_batch, scale=scale, window=window, softcap=softcap, sinks=sinks
+                inner_q,
+                inner_k,
+                inner_v,
+                plan.fresh_batch,
+                scale=scale,
+                window=window,
+                softcap=softcap,
+                sinks=sinks,
             )
         for slot, start, at, count in plan.chunks:
             if start > 0:
@@ -190,8 +197,8 @@ def _decode(
     assert kept.v is not None
     first = 0 if window is None else max(0, plan.shortest - window)
     where = plan.decode_slots if plan.view is None else plan.view
-    k = kept.k[where][:, :, first : plan.longest]  # (n, Hkv, K, d)
-    v = kept.v[where][:, :, first : plan.longest]
+    k = kept.k[:, :, first : plan.longest][where]  # (n, Hkv, K, d)
+    v = kept.v[:, :, first : plan.longest][where]
     columns = torch.arange(first, plan.longest, device=q.device)
     ends = plan.decode_starts[:, None]
     seen = columns <= ends
@@ -222,7 +229,7 @@ def _chunk(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """The next n tokens of one sequence over its past and themselves: (1, H, n, d) → (1, n, H, d)."""
+    """The next n tokens of one sequence over all so far: (1, H, n, d) → (1, n, H, d)."""
     assert kept.k is not None
     assert kept.v is not None
     count = q.shape[2]
