@@ -1,0 +1,1 @@
+"""One loop that reads top to bottom, its checkpoints, and what it tells."""

@@ -1,0 +1,75 @@
+"""The loss: cross entropy of labelled tokens, summed, divided by the labels of the whole step.
+
+Only positions whose next token is a label reach the head. Knows the flat forward, not the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tsugiki.data.chat import IGNORED, Example
+from tsugiki.kernels.batch import ForwardBatch
+from tsugiki.models.load import Base
+
+EVAL_TOKENS = 4096  # tokens of one forward pass of an evaluation
+
+
+def flatten(
+    examples: Sequence[Example], device: torch.device
+) -> tuple[Tensor, ForwardBatch, Tensor, Tensor]:
+    """Examples end to end.
+
+    Returns:
+        ids (1, T); the batch; positions (n,) that predict a labelled token; their targets (n,).
+    """
+    ids = torch.tensor([token for e in examples for token in e.ids])
+    labels = torch.tensor([label for e in examples for label in e.labels])
+    batch = ForwardBatch(tuple(len(e.ids) for e in examples))
+    target = labels.clone()
+    target[list(batch.offsets)] = IGNORED  # a document's first token is predicted by nothing
+    places = (target != IGNORED).nonzero().squeeze(1)
+    return (
+        ids[None].to(device),
+        batch,
+        (places - 1).to(device),
+        labels[places].to(device),
+    )
+
+
+def summed_loss(base: Base, examples: Sequence[Example]) -> tuple[Tensor, int]:
+    """Sum of cross entropy (nats, fp32) over labelled tokens, and how many there are."""
+    ids, batch, places, targets = flatten(examples, base.device)
+    logits = base.forward(ids, batch, places)[0]
+    wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return F.cross_entropy(wide, targets, reduction="sum"), len(targets)
+
+
+def held_out_loss(base: Base, examples: Sequence[Example]) -> float:
+    """Mean nats per labelled token, without dropout, without touching the training state."""
+    was_training = base.model.training
+    base.model.eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for group in by_tokens(examples, EVAL_TOKENS):
+            loss, labels = summed_loss(base, group)
+            total += float(loss)
+            count += labels
+    base.model.train(was_training)
+    return total / max(1, count)
+
+
+def by_tokens(examples: Sequence[Example], limit: int) -> list[list[Example]]:
+    """Examples sorted by length, in groups of at most `limit` tokens (one at least)."""
+    groups: list[list[Example]] = []
+    room = 0
+    for example in sorted(examples, key=lambda e: len(e.ids)):
+        if not groups or room < len(example.ids):
+            groups.append([])
+            room = limit
+        groups[-1].append(example)
+        room -= len(example.ids)
+    return groups
