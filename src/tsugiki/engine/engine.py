@@ -7,7 +7,7 @@ happens or leaves everything as it was, so it may be interrupted. Knows no chat 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -48,6 +48,7 @@ class Request:
 class Event:
     """One token of one request; the last one says why it ended.
 
+    request: its number from `submit`, or its place in what `generate` was given.
     token: the id, None when it is a stop token or when there is none (cancelled).
     text: what became certain; pieces joined are the answer's text.
     reused: prompt tokens that were still in a slot; on the last event.
@@ -181,15 +182,17 @@ class Engine:
         return events
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Event]:
-        """Events of all requests as they come; requests are numbered from `Event.request` up in
-        the order given. Requests that are unfinished when the iterator is closed are cancelled.
+        """Events of all requests as they come; `Event.request` is the place in `requests`.
+
+        What is unfinished when the iterator is closed is cancelled.
         """
         assert not self._active, "generate and stream need the engine for themselves"
         numbers: list[int] = []
         try:
             numbers.extend(self.submit(request) for request in requests)
             while not self.idle:
-                yield from self.step()
+                for event in self.step():
+                    yield replace(event, request=event.request - numbers[0])
         finally:
             for number in numbers:
                 self.cancel(number)
@@ -200,13 +203,12 @@ class Engine:
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
         """Whole answers, in the order of the requests."""
-        first = self._next
         ids: list[list[int]] = [[] for _ in requests]
         texts: list[list[str]] = [[] for _ in requests]
         finishes: dict[int, Finish] = {}
         reused: dict[int, int] = {}
         for event in self.generate(requests):
-            index = event.request - first
+            index = event.request
             if event.token is not None:
                 ids[index].append(event.token)
             texts[index].append(event.text)
