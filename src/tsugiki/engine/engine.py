@@ -6,7 +6,7 @@ happens or leaves everything as it was, so it may be interrupted. Knows no chat 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -181,7 +181,7 @@ class Engine:
             events.append(self._take(active, token))
         return events
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Event]:
+    def generate(self, requests: Sequence[Request]) -> Generator[Event, None, None]:
         """Events of all requests as they come; `Event.request` is the place in `requests`.
 
         What is unfinished when the iterator is closed is cancelled.
@@ -197,7 +197,7 @@ class Engine:
             for number in numbers:
                 self.cancel(number)
 
-    def stream(self, request: Request) -> Iterator[Event]:
+    def stream(self, request: Request) -> Generator[Event, None, None]:
         """Events of one request."""
         return self.generate([request])
 
