@@ -12,7 +12,8 @@ cause is a `TsugikiError`, which the CLI prints without a traceback.
     ├── RunError            run folders, locks, checkpoints, resume
     ├── DiskError           too little space, no permission
     ├── NonFiniteError      NaN or inf in loss or gradients
-    └── MemoryLimitError    the machine's or device's memory does not suffice
+    ├── MemoryLimitError    the machine's or device's memory does not suffice
+    └── Interrupted         stopped by a signal; the run is saved           (exit 128 + signal)
 """
 
 from __future__ import annotations
@@ -88,6 +89,14 @@ class NonFiniteError(TsugikiError):
 
 class MemoryLimitError(TsugikiError):
     """Out of memory, seen before or after it happened."""
+
+
+class Interrupted(TsugikiError):
+    """Stopped by a signal after everything was saved; `exit_code` is 128 + its number."""
+
+    def __init__(self, problem: str, signal: int, fix: str) -> None:
+        super().__init__(problem, fix=fix)
+        self.exit_code = 128 + signal
 
 
 def did_you_mean(word: str, choices: list[str] | tuple[str, ...]) -> str | None:

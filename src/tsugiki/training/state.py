@@ -1,0 +1,77 @@
+"""What a run is made of between two steps, as tensors and JSON, and back again.
+
+Trained weights, AdamW's moments, random states, the place in the data, and the counters that
+decide what is best. Knows no files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tsugiki.data.loader import Loader
+
+
+@dataclass
+class Progress:
+    """Counters of a run. Losses are nats per labelled token; log_* since the last log line."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    segment: int = 0
+    first_held_out: float | None = None
+    best_loss: float | None = None
+    best_step: int = 0
+    since_best: int = 0
+    last_loss: float | None = None
+    log_loss: float = 0.0
+    log_labels: int = 0
+
+
+def pack(
+    trained: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    loader: Loader,
+    progress: Progress,
+    device: str,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything that the next step depends on."""
+    tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
+    if device.startswith("cuda"):
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
+    for name, parameter in trained.items():
+        tensors[f"weights.{name}"] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optim.{key}.{name}"] = torch.as_tensor(value)
+    return tensors, {"progress": asdict(progress), "loader": loader.state_dict()}
+
+
+def unpack(
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    trained: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    loader: Loader,
+    device: str,
+) -> Progress:
+    """The inverse of `pack`, onto fresh objects of the same run."""
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(tensors[f"weights.{name}"])
+            moments = {}
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                value = tensors.get(f"optim.{key}.{name}")
+                if value is not None:
+                    place = "cpu" if key == "step" and device == "cpu" else parameter.device
+                    moments[key] = value.clone().to(place)
+            if moments:
+                optimizer.state[parameter] = moments
+    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+    loader.load_state_dict(state["loader"])
+    return Progress(**state["progress"])
