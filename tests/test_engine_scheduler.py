@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tsugiki.engine.scheduler import Scheduler, Sequence
 
-PROMPTS = st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=30), st.integers(-1, 1)), max_size=12)  # fmt: skip
+PROMPT = st.lists(st.integers(0, 2), min_size=1, max_size=30)
+PROMPTS = st.lists(st.tuples(PROMPT, st.integers(-1, 1)), max_size=12)
 
 
 @given(PROMPTS, st.integers(1, 4), st.integers(1, 20), st.booleans(), st.integers(0, 999))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from engine_tiny import byte_tokenizer
@@ -37,7 +38,7 @@ def test_any_byte_level_tokenisation(text: str, data: st.DataObject) -> None:
     raw = text.encode()
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(raw) - 1)))))
     edges = [0, *(c for c in cuts if c < len(raw)), len(raw)]
-    pieces = [raw[a:b] for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    pieces = [raw[a:b] for a, b in itertools.pairwise(edges) if a < b]
     out = streamed(Pieces(pieces), range(len(pieces)))
     assert "".join(out) == text
     if BROKEN not in text:
@@ -98,9 +99,7 @@ def test_a_character_appears_with_its_last_byte() -> None:
     assert streamed(tokenizer, ids) == ["a", "", "", "あ", "", "", "", "𠮷", ""]
 
 
-@given(
-    st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4)), st.randoms()
-)
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4)), st.randoms())
 def test_stop_strings(text: str, stops: list[str], rng: object) -> None:
     stopper, out, at = StopStrings(stops), "", 0
     while at < len(text):

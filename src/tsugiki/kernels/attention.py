@@ -45,7 +45,7 @@ def packed_attention(
         return batch.kv.attend(
             layer, q, k, v, batch, scale=scale, window=window, softcap=softcap, sinks=sinks
         )
-    _, heads, tokens, dim = q.shape
+    _, heads, tokens, _ = q.shape
     assert tokens == batch.tokens, f"{tokens} tokens in a batch of {batch.tokens}"
     if len(batch.lengths) == 1:
         out = causal_attention(q, k, v, scale=scale, window=window, softcap=softcap, sinks=sinks)
@@ -56,7 +56,7 @@ def packed_attention(
         count, longest = bucket.gather.shape
         index = bucket.gather.reshape(-1).to(q.device)
         side = [
-            t.index_select(0, index).view(count, longest, -1, dim).transpose(1, 2)
+            t.index_select(0, index).view(count, longest, *t.shape[1:]).transpose(1, 2)
             for t in (q, k, v)
         ]
         out = causal_attention(*side, scale=scale, window=window, softcap=softcap, sinks=sinks)

@@ -1,0 +1,245 @@
+"""generate and chat on a tiny model from disk with two adapters."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_tiny import byte_tokenizer, tiny_model
+
+from tsugiki.adapters.attach import attach, detach, lora_modules
+from tsugiki.adapters.storage import BaseIdentity, save_adapter
+from tsugiki.config import LoraConfig
+from tsugiki.data.chat import ChatFormat
+from tsugiki.data.formats import Message
+from tsugiki.engine.sampling import Sampling
+from tsugiki.errors import AdapterError, UsageError
+from tsugiki.models.load import ResolvedModel, load_base
+from tsugiki.talk import Who, chat_command, generate_command, newest_adapter, open_voices
+from tsugiki.talk.answering import harmless
+from tsugiki.terminal import Terminal
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '[' + m.role[0] + ']' + m.content }}"
+    "{% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[a]{% endif %}"
+)
+SHORT = Sampling(max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, runs/first/adapter, runs/second/adapter; the second is the newer one.
+
+    Special tokens have logits of 0, below the best of 256 others: greedy answers never stop.
+    """
+    root = tmp_path_factory.mktemp("home")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[256:] = 0  # type: ignore[union-attr,operator,index]
+    model.save_pretrained(root / "model")  # type: ignore[operator]
+    tokenizer.save_pretrained(root / "model")
+    base = load_base(ResolvedModel(root / "model", str(root / "model")))
+    prints = base.fingerprint()
+    identity = BaseIdentity(base.name, prints.exact, prints.rounded)
+    chat = ChatFormat.of(base.tokenizer)
+    for seed, name in enumerate(("first", "second")):
+        generator = torch.Generator().manual_seed(seed)
+        attach(base.model, LoraConfig(r=2, alpha=4), generator=generator)
+        with torch.no_grad():
+            for _, module in lora_modules(base.model):
+                module.lora_B.normal_(0, 0.5, generator=generator)
+        folder = root / "runs" / name / "adapter"
+        folder.parent.mkdir(parents=True)
+        save_adapter(base.model, folder, base=identity, tokenizer=base.tokenizer, chat=chat.state())
+        detach(base.model)
+        os.utime(folder / "adapter_config.json", (1000 + seed, 1000 + seed))
+    return root
+
+
+def heard(capsys: pytest.CaptureFixture[str], kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def chat_with(home: Path, monkeypatch: pytest.MonkeyPatch, lines: str, **options: Any) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    who = options.pop("who", Who())
+    options.setdefault("sampling", SHORT)
+    chat_command(Terminal(as_json=True), who, root=home, **options)
+
+
+def test_the_newest_adapter_answers(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert newest_adapter(home) == home / "runs" / "second" / "adapter"
+    assert newest_adapter(home / "model") is None
+    generate_command(Terminal(as_json=True), Who(), ["hello"], sampling=SHORT, root=home)
+    (answer,) = heard(capsys, "answer")
+    assert answer["voice"] == "second"
+    assert answer["tokens"] <= 8
+
+
+def test_adapters_by_name_and_the_base(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = home / "runs"
+    who = Who(adapters=(f"one={runs / 'first' / 'adapter'}", str(runs / "second")))
+    terminal = Terminal(as_json=True)
+    generate_command(terminal, who, ["hello", "ab"], sampling=SHORT, compare=True, root=home)
+    together = {(a["voice"], a["prompt"]): a["text"] for a in heard(capsys, "answer")}
+    assert {voice for voice, _ in together} == {"base", "one", "second"}
+    assert len(set(together.values())) == 6, "voices that do not differ prove nothing"
+    for adapters, base_only, voice in (
+        ((str(runs / "first"),), False, "one"),
+        ((str(runs / "second"),), False, "second"),
+        ((), True, "base"),
+    ):
+        alone = Who(str(home / "model"), adapters=adapters, base_only=base_only)
+        generate_command(terminal, alone, ["hello"], sampling=SHORT, root=home)
+        (answer,) = heard(capsys, "answer")
+        assert answer["text"] == together[voice, "hello"]
+
+
+def test_the_prompt_is_what_training_saw(home: Path) -> None:
+    opened = open_voices(Who(), Terminal(as_json=True), home)
+    chat = ChatFormat.of(opened.base.tokenizer)
+    messages = [Message("user", "hello")]
+    assert opened.default.chat.prompt_ids(messages) == chat.prompt_ids(messages)
+    assert opened.default.chat.stop_id == opened.base.tokenizer.convert_tokens_to_ids("<end>")
+
+
+def test_raw_text_goes_on(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    who = Who(str(home / "model"), base_only=True)
+    generate_command(Terminal(), who, ["hello"], sampling=SHORT, raw=True, root=home)
+    assert capsys.readouterr().out.count("\n") >= 2
+    with pytest.raises(UsageError, match="--system"):
+        generate_command(
+            Terminal(), who, ["hello"], sampling=SHORT, raw=True, system="x", root=home
+        )
+
+
+def test_prompts_from_stdin(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
+    generate_command(Terminal(as_json=True), Who(), [], sampling=SHORT, root=home)
+    assert [a["prompt"] for a in heard(capsys, "answer")] == ["one", "two"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    with pytest.raises(UsageError, match="no prompt"):
+        generate_command(Terminal(as_json=True), Who(), [], sampling=SHORT, root=home)
+
+
+def test_commands_of_the_chat(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = home / "runs"
+    who = Who(adapters=(str(runs / "first"), str(runs / "second")))
+    script = [
+        "hello", "/adapter second", "hello", "/base", "hello", "/adapters", "/adapter secnd",
+        "/rest", "/reset", "/adapter first", "hello", "/quit", "never asked",
+    ]  # fmt: skip
+    chat_with(home, monkeypatch, "\n".join(script), who=who)
+    out = capsys.readouterr()
+    lines = [json.loads(line) for line in out.out.splitlines()]
+    answers = [line for line in lines if line["kind"] == "answer"]
+    assert [a["voice"] for a in answers] == ["first", "second", "base", "first"]
+    assert answers[0]["text"] == answers[3]["text"], "/reset forgets what was said"
+    warnings = [line["text"] for line in lines if line["kind"] == "warning"]
+    assert any("/adapter second" in text for text in warnings)
+    assert any("/reset?" in text for text in warnings)
+
+
+def test_compare_answers_twice(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat_with(home, monkeypatch, "hello\nagain\n", compare=True)
+    assert [a["voice"] for a in heard(capsys, "answer")] == ["base", "second"] * 2
+    with pytest.raises(UsageError, match="no adapter to compare"):
+        chat_with(home, monkeypatch, "", who=Who(str(home / "model"), base_only=True), compare=True)
+
+
+def test_a_full_context_drops_the_oldest_and_says_so(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat_with(home, monkeypatch, ("x" * 150 + "\n") * 5 + "y" * 600 + "\nz\n")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert sum(line.get("dropped", 0) for line in lines if line["kind"] == "warning") >= 2
+    assert any("alone takes" in line.get("text", "") for line in lines)
+    assert sum(line["kind"] == "answer" for line in lines) == 6
+
+
+def test_refusals(home: Path, tmp_path: Path) -> None:
+    terminal = Terminal(as_json=True)
+    with pytest.raises(AdapterError, match="no adapter in"):
+        open_voices(Who(adapters=(str(tmp_path),)), terminal, home)
+    first = str(home / "runs" / "first")
+    with pytest.raises(UsageError, match="two voices"):
+        open_voices(Who(adapters=(first, first)), terminal, home)
+    with pytest.raises(UsageError, match="base's name"):
+        open_voices(Who(adapters=(f"base={first}",)), terminal, home)
+    with pytest.raises(UsageError, match="--base"):
+        open_voices(Who(adapters=(first,), base_only=True), terminal, home)
+
+
+def test_no_control_characters_reach_the_terminal() -> None:
+    assert harmless("a\x1b[2Jb\x07\r\x9b1mc\n\tあ") == "a[2Jb1mc\n\tあ"
+
+
+TALKER = """
+import sys
+from pathlib import Path
+from tsugiki.engine.sampling import Sampling
+from tsugiki.talk import Who, chat_command
+from tsugiki.terminal import Terminal
+endless = Sampling(max_tokens=10**6)
+chat_command(Terminal(), Who(sys.argv[1], base_only=True), sampling=endless)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT to a child is POSIX")
+def test_ctrl_c_stops_the_answer_and_not_the_chat(home: Path, tmp_path: Path) -> None:
+    """The context is 100,000 tokens long, so the answer does not end by itself in time."""
+    shutil.copytree(home / "model", tmp_path / "long")
+    config = json.loads((tmp_path / "long" / "config.json").read_text())
+    config["max_position_embeddings"] = 100_000
+    (tmp_path / "long" / "config.json").write_text(json.dumps(config))
+    child = subprocess.Popen(
+        [sys.executable, "-c", TALKER, str(tmp_path / "long")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert child.stdin is not None
+    assert child.stdout is not None
+    guard = threading.Timer(60, child.kill)  # a failure ends, it does not hang
+    guard.start()
+
+    def read_until(mark: bytes, more: int = 0) -> None:
+        seen = b""
+        while mark not in seen or len(seen.partition(mark)[2]) < more:
+            piece = os.read(child.stdout.fileno(), 1 << 16)  # type: ignore[union-attr]
+            assert piece, f"the chat ended before {mark!r}"
+            seen += piece
+
+    try:
+        read_until(b"/help")
+        for _ in range(2):
+            child.stdin.write(b"hello\n")
+            child.stdin.flush()
+            read_until(b"base: ", more=20)
+            child.send_signal(signal.SIGINT)
+            read_until(b"(stopped)")
+        child.stdin.write(b"/quit\n")
+        child.stdin.flush()
+        assert child.wait(timeout=60) == 0
+    finally:
+        guard.cancel()
+        child.kill()
+        child.communicate()
