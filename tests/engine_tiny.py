@@ -77,10 +77,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_model(family: str, seed: int = 0) -> nn.Module:
+def tiny_model(family: str | PretrainedConfig, seed: int = 0) -> nn.Module:
     """Matrices from N(0, 0.25²) at hidden size 64, in fp32."""
     generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32)
+    config = CONFIGS[family] if isinstance(family, str) else family
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -89,9 +90,9 @@ def tiny_model(family: str, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def tiny_base(family: str, *, flat: bool = True, seed: int = 0) -> Base:
+def tiny_base(family: str | PretrainedConfig, *, flat: bool = True, seed: int = 0) -> Base:
     """A base that was never on disk."""
     model = tiny_model(family, seed)
     use_flat_attention(model) if flat else use_own_attention(model)
     spec = ModelSpec.from_config(model.config)
-    return Base(model, byte_tokenizer(), spec, Path("nowhere"), family, None, flat)
+    return Base(model, byte_tokenizer(), spec, Path("nowhere"), "tiny", None, flat)

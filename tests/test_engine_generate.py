@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_tiny import tiny_base
+from engine_tiny import SHAPE, tiny_base
+from transformers import MambaConfig, Phi3Config
 
 from tsugiki.engine.engine import Completion, Engine, Request
 from tsugiki.engine.sampling import Sampling
 from tsugiki.kernels.batch import ForwardBatch
+from tsugiki.models.isolation import probe_isolation
 from tsugiki.models.load import Base, ResolvedModel, load_base
 
 MARGIN = 1e-3  # of the logits' spread: nearer than this, two tokens may change places
@@ -90,3 +92,31 @@ def test_stories260k(shared_data: Path) -> None:
     alone, beside = engine.complete([bos])[0], engine.complete([others[0], bos, others[1]])[1]
     assert alone.text.strip() == expected
     assert beside.text.strip() == expected
+
+
+def test_rotary_embeddings_that_change_with_the_length() -> None:
+    """Phi-3's longrope: the past is computed anew when a sequence crosses the border of 32."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 8.0}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    config = Phi3Config(
+        **{**SHAPE, "max_position_embeddings": 256},
+        original_max_position_embeddings=32,
+        rope_parameters={**rope, "original_max_position_embeddings": 32},
+    )
+    assert not probe_isolation(config).holds
+    base = tiny_base(config, flat=False)
+    ids = prompt(0, 26)
+    (answer,) = Engine(base).complete([Request(ids, sampling=greedy(12))])
+    for number, token in enumerate(answer.ids):
+        # each prefix alone: one token more may be across the border
+        before = torch.tensor([[*ids, *answer.ids[:number]]])
+        with torch.no_grad():
+            row = base.forward(before, ForwardBatch((before.shape[1],)))[0, -1]
+        assert row.max() - row[token] <= MARGIN * row.std()
+
+
+def test_a_model_without_keys_and_values() -> None:
+    config = MambaConfig(vocab_size=260, hidden_size=64, num_hidden_layers=2, state_size=8)
+    base = tiny_base(config, flat=False)
+    (answer,) = Engine(base).complete([Request(prompt(0, 9), sampling=greedy(6))])
+    assert_greedy(base, prompt(0, 9), answer)

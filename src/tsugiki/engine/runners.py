@@ -98,7 +98,7 @@ class SoloRunner:
         (item,) = work
         start, tokens = item.start, item.tokens
         crosses = self._border is not None and start <= self._border < start + len(tokens)
-        if start == 0 or crosses:
+        if start == 0 or crosses or self._cache is None:
             start, tokens = 0, item.sequence.ids[: item.start + item.count]
             self._cache = DynamicCache(config=self._base.model.config)
         model = self._base.model
@@ -111,7 +111,8 @@ class SoloRunner:
                 past_key_values=self._cache,
                 use_cache=True,
             )
-        self._cache = out.past_key_values
+        # a model with another kind of cache (Mamba) computes everything anew for each token
+        self._cache = getattr(out, "past_key_values", None)
         logits = out.logits[:, -1]
         assert isinstance(logits, Tensor)
         return logits
