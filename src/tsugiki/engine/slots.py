@@ -120,16 +120,21 @@ class Slots:
         kept.reserve(plan.slots, plan.capacity, k, v)
         for slot, start, at, count in plan.chunks:
             kept.write(slot, start, k[0, :, at : at + count], v[0, :, at : at + count])
-        out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
+        every_token_decodes = not plan.chunks  # then nothing needs to be picked out
         if plan.decode.numel():
-            kept.write_one_each(
-                plan.decode_slots, plan.decode_starts, k[0].transpose(0, 1)[plan.decode],
-                v[0].transpose(0, 1)[plan.decode],
-            )  # fmt: skip
-            rows = q[0].transpose(0, 1)[plan.decode]  # (n, H, d)
-            out[0, plan.decode] = _decode(
+            rows, keys, values = (
+                t[0].transpose(0, 1) if every_token_decodes else t[0].transpose(0, 1)[plan.decode]
+                for t in (q, k, v)
+            )  # (n, H, d), (n, Hkv, d)
+            kept.write_one_each(plan.decode_slots, plan.decode_starts, keys, values)
+            decoded = _decode(
                 rows, kept, plan, scale=scale, window=window, softcap=softcap, sinks=sinks
             )
+            if every_token_decodes:
+                return decoded[None]
+        out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
+        if plan.decode.numel():
+            out[0, plan.decode] = decoded
         if plan.fresh_batch is not None:
             inner_q, inner_k, inner_v = (t[:, :, plan.fresh] for t in (q, k, v))
             out[:, plan.fresh] = packed_attention(

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from tsugiki.adapters.pool import AdapterPool
 from tsugiki.adapters.storage import AdapterInfo, BaseIdentity
 from tsugiki.data.chat import ChatFormat
@@ -117,10 +119,10 @@ def open_voices(who: Who, terminal: Terminal, root: Path = Path(".")) -> Opened:
     default = voices[next(iter(folders), BASE)]
     # the base is asked as the adapter was trained, so that answers can be compared
     voices[BASE] = Voice(BASE, -1, default.chat)
+    where = f"{folders[default.name]} on {base.name}" if folders else base.name
     terminal.say(
         "opened",
-        f"{default.name}: {folders[default.name] if folders else base.name}"
-        + (f" on {base.name}" if folders else ""),
+        Text(f"{default.name}: {where}", style="dim"),
         base=base.name,
         adapters={name: str(folder) for name, folder in folders.items()},
         speaks=default.name,
