@@ -120,13 +120,11 @@ def open_voices(who: Who, terminal: Terminal, root: Path = Path(".")) -> Opened:
     # the base is asked as the adapter was trained, so that answers can be compared
     voices[BASE] = Voice(BASE, -1, default.chat)
     where = f"{folders[default.name]} on {base.name}" if folders else base.name
-    terminal.say(
-        "opened",
-        Text(f"{default.name}: {where}", style="dim"),
-        base=base.name,
-        adapters={name: str(folder) for name, folder in folders.items()},
-        speaks=default.name,
-    )
+    if terminal.as_json:
+        named = {name: str(folder) for name, folder in folders.items()}
+        terminal.say("opened", "", base=base.name, adapters=named, speaks=default.name)
+    else:  # stderr, so that a pipe gets the answer alone
+        terminal.errors.print(Text(f"{default.name}: {where}", style="dim"))
     return Opened(base, Engine(base, pool if folders else None), voices, default)
 
 
