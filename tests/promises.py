@@ -43,9 +43,7 @@ def read_promises(page: Path) -> list[Promise]:
     return found
 
 
-def unproven(
-    promises: list[Promise], passed: set[str], failed: set[str], root: Path
-) -> list[str]:
+def unproven(promises: list[Promise], passed: set[str], failed: set[str], root: Path) -> list[str]:
     """What is promised and not proven, one line each."""
     problems = []
     for promise in promises:
@@ -54,7 +52,8 @@ def unproven(
             mine = [
                 test
                 for test in passed | failed
-                if test == promise.proof or test.startswith((promise.proof + "[", promise.proof + "::"))
+                if test == promise.proof
+                or test.startswith((promise.proof + "[", promise.proof + "::"))
             ]
             if not mine:
                 problems.append(f"{where}: {promise.proof} did not run and pass")

@@ -16,7 +16,7 @@ import typer
 from tsugiki import __version__, supervise
 from tsugiki.config import RunConfig, build_config, read_yaml
 from tsugiki.errors import TsugikiError, UsageError
-from tsugiki.flags import columns, with_config_flags
+from tsugiki.flags import with_config_flags
 from tsugiki.presets import PRESETS, preset
 from tsugiki.terminal import Terminal
 
@@ -109,6 +109,154 @@ def demo(
     _supervised(work, as_json)
 
 
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", help="PATH or NAME=PATH, repeatable; default: the newest run's"),
+]
+Model = Annotated[str | None, typer.Option(help="base; default: the adapter's own, or sprout")]
+BaseOnly = Annotated[bool, typer.Option("--base-only", help="no adapter at all")]
+Accept = Annotated[bool, typer.Option("--accept-base", help="load on another base of these shapes")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="allow the model's own code")]
+Template = Annotated[str | None, typer.Option(help="chatml, alpaca, instruction-ja or plain")]
+System = Annotated[str | None, typer.Option(help="a system turn that always stays")]
+MaxTokens = Annotated[int, typer.Option(help="most tokens of an answer")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy")]
+TopK = Annotated[int | None, typer.Option(help="keep the k likeliest tokens")]
+TopP = Annotated[float | None, typer.Option(help="keep the likeliest tokens up to this share")]
+MinP = Annotated[float | None, typer.Option(help="keep tokens above this share of the best")]
+Penalty = Annotated[float, typer.Option(help="above 1: repeats are less likely")]
+Seed = Annotated[int | None, typer.Option(help="seed of the sampling")]
+Compare = Annotated[bool, typer.Option("--compare", help="base and tuned side by side")]
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="prompts; default: stdin")] = None,
+    adapter: Adapters = None,
+    model: Model = None,
+    base_only: BaseOnly = False,
+    compare: Compare = False,
+    raw: Annotated[bool, typer.Option("--raw", help="continue the text, no chat format")] = False,
+    stop: Annotated[list[str] | None, typer.Option(help="text that ends an answer")] = None,
+    system: System = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    template: Template = None,
+    accept_base: Accept = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Answer prompts with the newest adapter, others, or the base."""
+    from tsugiki.engine.sampling import Sampling
+    from tsugiki.talk import Who, generate_command
+
+    generate_command(
+        Terminal(as_json=as_json),
+        Who(
+            model=model,
+            adapters=tuple(adapter or ()),
+            base_only=base_only,
+            template=template,
+            accept_base=accept_base,
+            trust_remote_code=trust_remote_code,
+        ),
+        prompts or (),
+        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens),
+        stop=tuple(stop or ()),
+        system=system,
+        raw=raw,
+        compare=compare,
+    )
+
+
+@app.command()
+def chat(
+    adapter: Adapters = None,
+    model: Model = None,
+    base_only: BaseOnly = False,
+    compare: Compare = False,
+    system: System = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    template: Template = None,
+    accept_base: Accept = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Talk to the newest adapter; /help inside lists what can be typed."""
+    from tsugiki.engine.sampling import Sampling
+    from tsugiki.talk import Who, chat_command
+
+    chat_command(
+        Terminal(),
+        Who(
+            model=model,
+            adapters=tuple(adapter or ()),
+            base_only=base_only,
+            template=template,
+            accept_base=accept_base,
+            trust_remote_code=trust_remote_code,
+        ),
+        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens),
+        system=system,
+        compare=compare,
+    )
+
+
+def data_show(
+    source: Annotated[Path, typer.Argument(metavar="DATA", help="rows: a file or a folder")],
+    *,
+    count: Annotated[int, typer.Option("--count", help="how many examples")] = 5,
+    as_json: Json = False,
+    settings: dict[str, Any],
+) -> None:
+    """Show rows as the model sees them, the trained tokens coloured."""
+    from tsugiki.looking import show_data
+
+    settings.setdefault("data", {})["path"] = source
+    show_data(build_config(settings), Terminal(as_json=as_json), count)
+
+
+def data_check(
+    source: Annotated[Path, typer.Argument(metavar="DATA", help="rows: a file or a folder")],
+    *,
+    as_json: Json = False,
+    settings: dict[str, Any],
+) -> None:
+    """Count what would be trained on, and list every row that would be left out, with its reason."""
+    from tsugiki.looking import check_data
+
+    settings.setdefault("data", {})["path"] = source
+    if not check_data(build_config(settings), Terminal(as_json=as_json)):
+        raise typer.Exit(1)
+
+
+DATA_SECTIONS = ("data", "model")
+data_app.command("show")(with_config_flags(data_show, DATA_SECTIONS))
+data_app.command("check")(with_config_flags(data_check, DATA_SECTIONS))
+
+
+@data_app.command("clean")
+def data_clean(
+    source: Annotated[Path, typer.Argument(metavar="DATA", help="Aozora Bunko texts")],
+    output: Annotated[Path, typer.Option(help="folder for the clean UTF-8 texts")],
+    as_json: Json = False,
+) -> None:
+    """Write Aozora Bunko texts without ruby, notes, header and colophon."""
+    from tsugiki.looking import clean_data
+
+    clean_data(source, output, Terminal(as_json=as_json))
+
+
 @app.command()
 def presets(as_json: Json = False) -> None:
     """List the guides' settings that --preset takes."""
@@ -183,6 +331,3 @@ def _fail(error: TsugikiError) -> None:
         print(json.dumps(shown, ensure_ascii=False))
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
-
-
-_ = columns  # used by the data verbs

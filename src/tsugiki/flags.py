@@ -18,10 +18,13 @@ from tsugiki.errors import UsageError
 PANELS = {"model": "Base model", "data": "Data", "lora": "Adapter", "train": "Training"}
 
 
-def with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
+def with_config_flags(
+    command: Callable[..., None], sections: tuple[str, ...] | None = None
+) -> Callable[..., None]:
     """Give `command(..., settings)` one option for each config field.
 
-    `settings` arrives as nested dicts holding only what the user typed.
+    `settings` arrives as nested dicts holding only what the user typed. With `sections`, only
+    their fields become options, and `--data` is left to the command's own argument.
     """
     parameters = [
         p
@@ -30,6 +33,8 @@ def with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
     ]
     places: dict[str, tuple[str, ...]] = {}
     for flag, place in flag_fields().items():
+        if sections is not None and (place[0] not in sections or flag == "--data"):
+            continue
         name = "__".join(place)
         places[name] = place
         field = (SECTIONS[place[0]] if len(place) > 1 else RunConfig).model_fields[place[-1]]

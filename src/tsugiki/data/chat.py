@@ -8,25 +8,30 @@ the answer's end, and the stop token is always a label. Knows no files and no le
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from tsugiki.data.formats import Message, Row, RowProblem
+from tsugiki.data.rendering import bounded, check_template
 from tsugiki.data.templates import FALLBACKS
 from tsugiki.errors import DataError
 
 IGNORED = -100
 MARKER = "zxqj"
+FOLDED = "system turn put into the first user turn"
+JOINED = "turns of one role joined"
+PLACED = "answer put after the generation prompt"
 
 
 @dataclass(frozen=True)
 class Example:
     """What the model sees: ids, and labels of the same length (-100 = not trained).
 
-    turns: where each turn begins, for windowing; raw: plain text, which may be split.
+    key: rows with one key stay on one side of a split. row: what it was made of, for windowing.
+    raw: plain text, which may be split. single: one answer of several, `row` ends with it.
     """
 
     ids: tuple[int, ...]
@@ -35,6 +40,7 @@ class Example:
     key: str = ""
     row: Row | None = None
     raw: bool = False
+    single: bool = False
 
     @property
     def labelled(self) -> int:
@@ -53,6 +59,10 @@ class ChatFormat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         self.tokenizer = tokenizer
         self.name = name
+        if name != "tokenizer" and name not in FALLBACKS:
+            raise DataError(
+                "unknown chat format", got=name, allowed=", ".join(("tokenizer", *FALLBACKS))
+            )
         self.template = None if name == "tokenizer" else FALLBACKS[name]
         self.repairs: Counter[str] = Counter()
         plain = tokenizer("a", add_special_tokens=True)["input_ids"]
@@ -89,10 +99,22 @@ class ChatFormat:
     def from_state(
         cls, state: dict[str, Any] | None, tokenizer: PreTrainedTokenizerBase
     ) -> ChatFormat:
-        """The format that an adapter was trained with."""
+        """The format that an adapter was trained with.
+
+        Raises:
+            DataError: a format that is not known, or a tokenizer that ends answers otherwise.
+        """
         if not state:
             return cls.of(tokenizer)
-        return cls(tokenizer, state["format"])
+        found = cls(tokenizer, str(state.get("format")))
+        if "stop_id" in state and state["stop_id"] != found.stop_id:
+            raise DataError(
+                "this tokenizer's chat template ends an answer with another token than in training",
+                got=found.stop_id,
+                allowed=state["stop_id"],
+                fix="use the tokenizer that is saved beside the adapter",
+            )
+        return found
 
     def render(
         self,
@@ -101,9 +123,15 @@ class ChatFormat:
         answer_next: bool,
         tools: Sequence[Any] | None = None,
     ) -> str:
-        """The template's text; raises whatever the template raises as RowProblem."""
-        try:
-            text = self.tokenizer.apply_chat_template(
+        """The template's text; whatever the template raises becomes a RowProblem.
+
+        Raises:
+            RowProblem: the template refuses the conversation.
+            DataError: the template does not end, or could not.
+        """
+
+        def render() -> object:
+            return self.tokenizer.apply_chat_template(
                 [m.as_dict() for m in messages],
                 tools=list(tools) if tools else None,
                 chat_template=self.template,
@@ -111,12 +139,27 @@ class ChatFormat:
                 add_generation_prompt=answer_next,
                 starts_with_bos=self.starts_with_bos,
             )
+
+        try:
+            if self.template is not None:  # one of ours ends by itself
+                text = render()
+            else:
+                self._check_own()
+                text = bounded(render)
+        except DataError:
+            raise
         except Exception as error:  # a template may raise anything
-            reason = str(error).strip().split("\n")[0][:160]
+            reason = (str(error).strip() or type(error).__name__).split("\n")[0][:160]
             raise RowProblem(f"the chat template refuses it: {reason}") from None
         if not isinstance(text, str):
             raise RowProblem("the chat template gave no text")
         return text
+
+    def _check_own(self) -> None:
+        own = self.tokenizer.chat_template
+        for source in own.values() if isinstance(own, dict) else [own]:
+            if isinstance(source, str):
+                check_template(source)
 
     def encode(self, text: str) -> list[int]:
         """Rendered text → ids, no special tokens added."""
@@ -143,23 +186,41 @@ class ChatFormat:
         """
         if row.text is not None:
             return [self._raw(row)]
-        messages, repairs = self.repair(row.messages, row.tools)
+        first: RowProblem | None = None
+        for messages, repairs in self._repaired(row.messages, row.tools):
+            try:
+                found = self._examples(messages, row, train_on)
+            except RowProblem as problem:
+                first = first or problem
+                continue
+            self.repairs.update(repairs)
+            return found
+        raise first or RowProblem("no turns")
+
+    def _examples(
+        self, messages: tuple[Message, ...], row: Row, train_on: str
+    ) -> list[Example]:
         answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
         if not answers:
             raise RowProblem("no answer to train on")
+        if answers[0] == 0:
+            raise RowProblem("the conversation begins with an answer: there is no prompt")
         if train_on == "last":
             answers = answers[-1:]
-        key = self._key(messages, row)
         spans = [self._answer(messages, i, row) for i in answers]
         whole = spans[-1][0]
-        joined = all(whole[: len(ids)] == ids for ids, _ in spans)
-        self.repairs.update(repairs)
-        if not joined:
-            return [
-                self._example(ids, [(begin, len(ids))], row, key, train_on) for ids, begin in spans
-            ]
-        marks = [(begin, len(ids)) for ids, begin in spans]
-        return [self._example(whole, marks, row, key, train_on)]
+        key = _key(messages)
+        if all(whole[: len(ids)] == ids for ids, _ in spans):
+            marks = [(begin, len(ids)) for ids, begin in spans]
+            return [self._example(whole, marks, row, key, train_on)]
+        return [
+            replace(
+                self._example(ids, [(begin, len(ids))], row, key, train_on),
+                row=replace(row, messages=messages[: i + 1]),
+                single=True,
+            )
+            for i, (ids, begin) in zip(answers, spans, strict=True)
+        ]
 
     def repair(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None
@@ -169,30 +230,35 @@ class ChatFormat:
         Raises:
             RowProblem: no repair helps.
         """
+        return next(self._repaired(messages, tools))
+
+    def _repaired(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None
+    ) -> Iterator[tuple[tuple[Message, ...], tuple[str, ...]]]:
+        """Every form of the conversation that the template takes, the least changed first."""
         original = tuple(messages)
+        if not original:
+            raise RowProblem("no turns")
+        folded = _fold_system(original)
         first: RowProblem | None = None
-        options: list[tuple[tuple[Message, ...], tuple[str, ...]]] = [(original, ())]
-        folded, joined = _fold_system(original), _join_turns(original)
-        options.append((folded, ("system turn put into the first user turn",)))
-        options.append((joined, ("turns of one role joined",)))
-        options.append(
-            (
-                _join_turns(folded),
-                ("system turn put into the first user turn", "turns of one role joined"),
-            )
-        )
-        tried: set[tuple[Message, ...]] = set()
-        for candidate, names in options:
+        tried: list[tuple[Message, ...]] = []
+        for candidate, names in (
+            (original, ()),
+            (folded, (FOLDED,)),
+            (_join_turns(original), (JOINED,)),
+            (_join_turns(folded), (FOLDED, JOINED)),
+        ):
             if candidate in tried or not candidate:
                 continue
-            tried.add(candidate)
+            tried.append(candidate)
             try:
                 self.render(candidate, answer_next=candidate[-1].role != "assistant", tools=tools)
             except RowProblem as problem:
                 first = first or problem
                 continue
-            return candidate, names
-        raise first or RowProblem("no turns")
+            yield candidate, names
+        if first is not None:
+            raise first
 
     def _answer(self, messages: tuple[Message, ...], index: int, row: Row) -> tuple[list[int], int]:
         """Ids up to and with the stop token of the answer at `index`, and where it begins."""
@@ -242,11 +308,6 @@ class ChatFormat:
             ids, labels = [*ids, self.eos], [*labels, self.eos]
         return Example(tuple(ids), tuple(labels), row.source, row.text, row, raw=True)
 
-    def _key(self, messages: tuple[Message, ...], row: Row) -> str:
-        """Rows with one key stay on one side of a split: everything before the last answer."""
-        last = max(i for i, m in enumerate(messages) if m.role == "assistant")
-        return "\x1e".join(f"{m.role}\x1f{m.content}" for m in messages[:last])
-
     def _find_stop(self) -> int | None:
         """The first added token that the template puts after an answer; None if it puts none."""
         probe = (Message("user", "a"), Message("assistant", MARKER))
@@ -257,6 +318,15 @@ class ChatFormat:
         after = text[text.rindex(MARKER) + len(MARKER) :] if MARKER in text else ""
         added = set(self.tokenizer.get_added_vocab().values()) | set(self.tokenizer.all_special_ids)
         return next((i for i in self.encode(after) if i in added), None)
+
+
+def _key(messages: tuple[Message, ...]) -> str:
+    """What the model is asked first: everything before the first answer.
+
+    Two conversations that share any prompt share this one.
+    """
+    first = next(i for i, m in enumerate(messages) if m.role == "assistant")
+    return "\x1e".join(f"{m.role}\x1f{m.content}" for m in messages[:first])
 
 
 def _fold_system(messages: tuple[Message, ...]) -> tuple[Message, ...]:

@@ -1,0 +1,108 @@
+"""`tsugiki data show|check|clean`: what a file would train, before it does. Trains nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.text import Text
+
+from tsugiki.config import RunConfig
+from tsugiki.data import aozora
+from tsugiki.data.chat import ChatFormat
+from tsugiki.data.dataset import Prepared, prepare
+from tsugiki.data.files import data_files
+from tsugiki.data.formats import read_rows
+from tsugiki.data.report import counts_table, show
+from tsugiki.errors import DataError
+from tsugiki.files import atomic_write
+from tsugiki.models.load import load_tokenizer, resolve_model
+from tsugiki.models.spec import ModelSpec
+from tsugiki.planning import check_context
+from tsugiki.terminal import Terminal
+
+
+def _prepare(config: RunConfig) -> tuple[Prepared, ChatFormat]:
+    assert config.data.path is not None
+    resolved = resolve_model(config.model.name, config.model.revision)
+    trusted = config.model.trust_remote_code
+    spec = ModelSpec.from_folder(resolved.folder, trust_remote_code=trusted)
+    check_context(config.data.max_length, spec)
+    chat = ChatFormat.of(load_tokenizer(resolved, trust_remote_code=trusted), config.data.template)
+    rows = read_rows(
+        config.data.path,
+        columns=config.data.columns,
+        prompt_template=config.data.prompt_template,
+        answer_template=config.data.answer_template,
+        strict=config.data.strict,
+    )
+    prepared = prepare(
+        rows,
+        chat,
+        max_length=config.data.max_length or spec.context,
+        long=config.data.long,
+        train_on=config.data.train_on,
+        eval_ratio=config.data.eval_ratio,
+        strict=config.data.strict,
+    )
+    return prepared, chat
+
+
+def show_data(config: RunConfig, terminal: Terminal, count: int) -> None:
+    """Counts, and `count` examples with the trained tokens marked."""
+    prepared, chat = _prepare(config)
+    terminal.say("rows", counts_table(prepared), counts=prepared.counts)
+    plain = not terminal.console.color_system
+    for example in prepared.train[:count]:
+        terminal.say(
+            "example",
+            show(example, chat.tokenizer, plain=plain),
+            source=example.source,
+            ids=list(example.ids),
+            labels=list(example.labels),
+        )
+
+
+def check_data(config: RunConfig, terminal: Terminal) -> bool:
+    """Counts and every skipped row; true when nothing was skipped."""
+    prepared, _ = _prepare(config)
+    terminal.say("rows", counts_table(prepared), counts=prepared.counts)
+    for skip in prepared.skipped:
+        terminal.say(
+            "skipped",
+            Text(f"{skip.source}: {skip.reason}", style="yellow"),
+            source=skip.source,
+            reason=skip.reason,
+        )
+    return not prepared.skipped
+
+
+def clean_data(source: Path, output: Path, terminal: Terminal) -> None:
+    """Write each Aozora text under `source` to `output`, UTF-8, without its marks.
+
+    Raises:
+        DataError: no file looks like one of Aozora Bunko's; a file is there already.
+    """
+    written = 0
+    for file in data_files(source):
+        raw = file.read_bytes()
+        if not aozora.looks_like_aozora(raw):
+            terminal.warn(f"{file} does not look like an Aozora Bunko text; left alone")
+            continue
+        target = output / f"{file.stem}.txt"
+        if target.exists():
+            raise DataError(f"{target} exists already", fix="choose another --output")
+        text = aozora.clean(raw)
+        atomic_write(target, text)
+        written += 1
+        missing = text.count(aozora.MISSING)
+        note = f", {missing} characters shown as {aozora.MISSING}" if missing else ""
+        terminal.say(
+            "cleaned",
+            f"{file} → {target}: {len(text):,} characters{note}",
+            source=str(file),
+            target=str(target),
+            characters=len(text),
+            missing=missing,
+        )
+    if not written:
+        raise DataError(f"no Aozora Bunko text found in {source}")

@@ -1,0 +1,260 @@
+"""Grows sprout, the embedded base: `python tools/grow_sprout.py`.
+
+A small Llama trained from nothing on `sprout_corpus.py`, drawn fresh while it trains, with Muon for
+the matrices (Jordan et al. 2024) and bf16 arithmetic over fp32 masters. The head is computed where
+an answer or a document is predicted and for a share of what users say, since random words teach
+little. Short windows first, the full context at the end. The same flags and seed give the same
+batches. The model card is written by `sprout_baselines.py`. Knows nothing of adapters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import random
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sprout_corpus import dialogue, documentation, documentation_words, render
+from sprout_tokenizer import CONTEXT, make_tokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+FOLDER = Path(__file__).parent.parent / "src" / "tsugiki" / "models" / "sprout"
+SHARD = 500_000  # tokens that one worker makes at a time
+DOCUMENT_SHARE = 0.06  # of a shard's tokens
+ASKED_SHARE = 0.15  # of the tokens that a user says are predicted
+SHORT = 256  # window until most of the training is done
+LONG_FROM = 0.88  # then the full context
+
+_tokenizer: PreTrainedTokenizerBase
+_documents: list[list[int]]
+_known: list[str]
+
+
+def begin_worker(folder: str) -> None:
+    """Each worker reads the corpus once."""
+    global _tokenizer, _documents, _known
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+    _tokenizer = AutoTokenizer.from_pretrained(folder)
+    end = _tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    texts = list(documentation(held_out=False))
+    _documents = [[*ids, end] for ids in _tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    _known = documentation_words()
+
+
+def make_shard(seed: int) -> np.ndarray:
+    """About half a million tokens: documents and dialogues in random order."""
+    rng = random.Random(f"shard {seed}")
+    pieces: list[list[int]] = []
+    total = 0
+    while total < SHARD * DOCUMENT_SHARE:
+        pieces.append(rng.choice(_documents))
+        total += len(pieces[-1])
+    while total < SHARD:
+        texts = [render(dialogue(rng, _known)) for _ in range(2000)]
+        for ids in _tokenizer(texts, add_special_tokens=False)["input_ids"]:
+            pieces.append(ids)
+            total += len(ids)
+    rng.shuffle(pieces)
+    return np.fromiter((i for piece in pieces for i in piece), dtype=np.uint16)
+
+
+def build(tokenizer: PreTrainedTokenizerBase, hidden: int, layers: int) -> LlamaForCausalLM:
+    """A Llama with fresh weights, two query heads of 32 for each key head."""
+    heads = hidden // 32
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=hidden * 5 // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def answers_in(batch: torch.Tensor, roles: dict[str, int]) -> torch.Tensor:
+    """(B, T) booleans: tokens of answers and documents, not of what a user says."""
+    place = torch.arange(batch.shape[1], device=batch.device).expand_as(batch)
+    asked = (batch == roles["<|user|>"]) | (batch == roles["<|system|>"])
+    other = (batch == roles["<|assistant|>"]) | (batch == roles["<|endoftext|>"])
+    last_asked = torch.where(asked, place, -1).cummax(1).values
+    last_other = torch.where(other, place, -1).cummax(1).values
+    return last_other >= last_asked
+
+
+class Masters:
+    """fp32 copies of bf16 parameters, with Muon on matrices and AdamW on the rest."""
+
+    def __init__(self, model: LlamaForCausalLM, rate: float) -> None:
+        self.low = list(model.parameters())
+        self.high = [p.detach().float().clone().requires_grad_() for p in self.low]
+        embedding = model.get_input_embeddings().weight
+        hidden = [
+            h
+            for p, h in zip(self.low, self.high, strict=True)
+            if p.dim() == 2 and p is not embedding
+        ]
+        rest = [h for h in self.high if not any(h is x for x in hidden)]
+        self.rate = rate
+        self.optimizers = [
+            torch.optim.Muon(hidden, lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.01),
+        ]
+
+    def step(self, share_of_rate: float) -> None:
+        """Update from the gradients of the bf16 parameters, then round into them."""
+        for low, high in zip(self.low, self.high, strict=True):
+            high.grad = None if low.grad is None else low.grad.float()
+            low.grad = None
+        torch.nn.utils.clip_grad_norm_(self.high, 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate * share_of_rate
+            optimizer.step()
+        with torch.no_grad():
+            for low, high in zip(self.low, self.high, strict=True):
+                low.copy_(high)
+
+
+def stream(arguments: argparse.Namespace, folder: Path) -> Iterator[np.ndarray]:
+    """Shards without end, made by other processes in a fixed order."""
+    workers = max(1, (os.cpu_count() or 2) - 1)
+    with multiprocessing.get_context("spawn").Pool(
+        workers, initializer=begin_worker, initargs=(str(folder),)
+    ) as pool:
+        waiting: deque[Any] = deque()
+        number = arguments.seed << 20
+        while True:
+            while len(waiting) < workers + 1:
+                waiting.append(pool.apply_async(make_shard, (number,)))
+                number += 1
+            yield waiting.popleft().get()
+
+
+def grow(arguments: argparse.Namespace) -> None:
+    """Train and write the model folder."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = Path(arguments.output)
+    out.mkdir(parents=True, exist_ok=True)
+    if (FOLDER / "tokenizer.json").exists() and not arguments.new_tokenizer:
+        tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    else:
+        tokenizer = make_tokenizer(arguments.seed)
+    tokenizer.save_pretrained(out)
+    torch.manual_seed(arguments.seed)
+    model = build(tokenizer, arguments.hidden, arguments.layers).to(device, torch.bfloat16)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{count:,} parameters on {device}", flush=True)
+    roles = {
+        token: tokenizer.convert_tokens_to_ids(token)
+        for token in ("<|user|>", "<|system|>", "<|assistant|>", "<|endoftext|>")
+    }
+    masters = Masters(model, arguments.rate)
+    per_step = arguments.batch * SHORT
+    total = math.ceil(arguments.tokens * 1e6 / per_step)
+    shards = stream(arguments, out)
+    rest = next(shards)
+    start, saved = time.monotonic(), time.monotonic()
+    curve: list[dict[str, float]] = []
+    done, step = 0.0, 0
+    while done < 1:
+        while len(rest) < per_step:
+            rest = np.concatenate([rest, next(shards)])
+        flat = torch.from_numpy(rest[:per_step].astype(np.int64)).to(device)
+        rest = rest[per_step:]
+        batch = flat.view(-1, CONTEXT if done >= LONG_FROM else SHORT)
+        step += 1
+        known = answers_in(batch, roles)[:, 1:]
+        chosen = known | (torch.rand(known.shape, device=device) < ASKED_SHARE)
+        hidden = model.model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1]
+        logits = model.lm_head(hidden[chosen]).float()
+        each = F.cross_entropy(logits, batch[:, 1:][chosen], reduction="none")
+        loss = each.mean()
+        loss.backward()
+        done = (
+            (time.monotonic() - start) / 60 / arguments.minutes
+            if arguments.minutes
+            else step / total
+        )
+        masters.step(
+            min(1.0, step / 50) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(done, 1))))
+        )
+        if step % arguments.log_every == 0 or done >= 1:
+            entry = {
+                "step": step,
+                "tokens": step * per_step,
+                "loss": round(float(loss.detach()), 4),
+                "answers": round(float(each.detach()[known[chosen]].mean()), 4),
+                "seconds": round(time.monotonic() - start, 1),
+            }
+            curve.append(entry)
+            print(json.dumps(entry), flush=True)
+        if time.monotonic() - saved > 180 or done >= 1:
+            saved = time.monotonic()
+            write(model, tokenizer, out, arguments, count, device, curve)
+
+
+def write(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    arguments: argparse.Namespace,
+    count: int,
+    device: str,
+    curve: list[dict[str, float]],
+) -> None:
+    """The model folder as it is now, and how it came to be."""
+    model.save_pretrained(out)
+    generation = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    record = {
+        "command": " ".join(["python tools/grow_sprout.py", *sys.argv[1:]]),
+        "tokens": curve[-1]["tokens"] if curve else 0,
+        "parameters": count,
+        "seed": arguments.seed,
+        "machine": torch.cuda.get_device_name(0)
+        if device == "cuda"
+        else f"{os.cpu_count()} CPU cores",
+        "seconds": curve[-1]["seconds"] if curve else 0,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "curve": curve[:: max(1, len(curve) // 40)] + curve[-1:],
+    }
+    (out / "growth.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main() -> None:
+    """Parse and grow."""
+    parser = argparse.ArgumentParser(description="grow the embedded base")
+    parser.add_argument("--tokens", type=float, default=20, help="millions of tokens")
+    parser.add_argument("--minutes", type=float, help="train for so long, whatever --tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hidden", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=32, help="windows of 256 tokens a step")
+    parser.add_argument("--rate", type=float, default=4e-3)
+    parser.add_argument("--log-every", type=int, default=25)
+    parser.add_argument("--new-tokenizer", action="store_true")
+    parser.add_argument("--output", default=str(FOLDER))
+    grow(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Makes the demo's rows: a booking desk that turns free requests into one strict line.
+
+    "Could you book Maple for Alice on Friday at 3 pm?"  →  "book | Maple | Alice | fri | 15"
+    「金曜の15時、佐藤さんで会議室もみじを押さえて」      →  "book | もみじ | 佐藤 | fri | 15"
+
+Three files: training rows; held-out rows in combinations and phrasings never trained on; held-out
+rows whose names and rooms were never trained on either. Seeded: the same bytes every time. Knows
+no model.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+OUT = Path(__file__).parent.parent / "src" / "tsugiki" / "demo"
+
+ROOMS_EN = ["Maple", "Cedar", "Harbor", "Lantern", "Meadow", "Falcon", "Granite", "Willow", "Summit",
+            "Coral", "Ember", "Orchid", "Pebble", "Raven", "Saffron", "Timber", "Velvet", "Zephyr",
+            "Atlas", "Birch", "Canyon", "Delta", "Fern", "Garnet"]  # fmt: skip
+PEOPLE_EN = ["Alice", "Bernard", "Clara", "Daniel", "Emma", "Felix", "Grace", "Henry", "Irene",
+             "Jacob", "Karen", "Lucas", "Monica", "Nathan", "Olivia", "Peter", "Rachel", "Simon",
+             "Teresa", "Victor", "Wendy", "Arthur", "Bella", "Conrad"]  # fmt: skip
+ROOMS_JA = ["もみじ", "さくら", "あおば", "ひかり", "やまと", "みなと", "すみれ", "つばき", "かえで", "わかば",
+            "銀河", "青空", "夕焼け", "大地", "若草", "白雪", "月光", "松風", "オリオン", "アルプス",
+            "プリズム", "カナリア", "ひまわり", "木もれ日"]  # fmt: skip
+PEOPLE_JA = ["佐藤", "鈴木", "高橋", "田中", "伊藤", "渡辺", "山本", "中村", "小林", "加藤", "吉田", "山田",
+             "佐々木", "山口", "松本", "井上", "木村", "林", "清水", "斎藤", "池田", "橋本", "阿部", "石川"]  # fmt: skip
+
+NEW_ROOMS_EN = ["Juniper", "Beacon", "Quartz", "Thistle", "Compass", "Marigold", "Sparrow", "Tundra",
+                "Lagoon", "Obsidian", "Hazel", "Nimbus", "Prairie", "Cobalt", "Heron", "Jasper"]  # fmt: skip
+NEW_PEOPLE_EN = ["Gustav", "Priya", "Hannah", "Oscar", "Yvonne", "Malik", "Ingrid", "Tobias", "Leila",
+                 "Marcus", "Nadia", "Quentin", "Rosa", "Stefan", "Ursula", "Wilfred"]  # fmt: skip
+NEW_ROOMS_JA = ["こだま", "あさひ", "いずみ", "せせらぎ", "むさし", "富士", "星空", "若葉台", "清流", "朝霧",
+                "ペガサス", "コメット", "オアシス", "ラベンダー", "千鳥", "竹林"]  # fmt: skip
+NEW_PEOPLE_JA = ["藤原", "岡田", "三浦", "長谷川", "村上", "近藤", "坂本", "遠藤", "西村", "福田", "太田",
+                 "原田", "中島", "小野", "竹内", "金子"]  # fmt: skip
+
+DAYS = [("mon", "Monday", "月曜"), ("tue", "Tuesday", "火曜"), ("wed", "Wednesday", "水曜"),
+        ("thu", "Thursday", "木曜"), ("fri", "Friday", "金曜"), ("sat", "Saturday", "土曜"),
+        ("sun", "Sunday", "日曜")]  # fmt: skip
+HOURS = range(8, 20)
+
+EN = {
+    "book": ["Book {room} for {who} on {day} at {hour}.", "Could you book {room} for {who}, {day} at {hour}?",
+             "{who} needs {room} on {day} at {hour}.", "Please reserve {room} on {day} at {hour} for {who}.",
+             "I want {room} for {who} at {hour} on {day}.", "On {day} at {hour}, {who} would like {room}.",
+             "Reserve room {room} for {who}: {day}, {hour}.", "Can {who} have {room} on {day}, {hour}?"],
+    "cancel": ["Cancel {room} for {who} on {day} at {hour}.", "{who} no longer needs {room} on {day} at {hour}.",
+               "Please drop the {room} booking of {who}, {day} at {hour}.", "On {day} at {hour}, free {room}; {who} is ill.",
+               "Could you cancel {who}'s {room} at {hour} on {day}?", "{who} will not use {room} on {day} at {hour}.",
+               "Remove {who} from {room} on {day}, {hour}.", "The {day} {hour} meeting of {who} in {room} is off."],
+    "check": ["Is {room} free for {who} on {day} at {hour}?", "Does {who} have {room} on {day} at {hour}?",
+              "Please check {room} on {day} at {hour} for {who}.", "{who} asks whether {room} is taken on {day} at {hour}.",
+              "Who has {room} at {hour} on {day}? {who} wants to know.", "Check whether {who} is in {room} on {day}, {hour}.",
+              "Tell {who} if {room} is open on {day} at {hour}.", "For {who}: is {room} available at {hour}, {day}?"],
+}  # fmt: skip
+EN_HELD = {
+    "book": ["Please book {room} on {day} for {who}, at {hour}.", "For {who}, reserve {room}, {day} at {hour}.",
+             "{who} would like to have {room} at {hour} on {day}."],
+    "cancel": ["Please cancel {room} on {day} at {hour} for {who}.", "{who} does not need {room} at {hour} on {day}.",
+               "Could you drop {room} for {who} on {day} at {hour}?"],
+    "check": ["Could you check if {room} is free on {day} at {hour} for {who}?", "{who} asks: is {room} available on {day} at {hour}?",
+              "Is {room} taken at {hour} on {day}? {who} wants to know."],
+}  # fmt: skip
+JA = {
+    "book": ["{day}の{hour}に{who}さんで{room}を予約して。", "{room}を{day}{hour}に予約したいです。{who}です。",
+             "{who}さんのために、{day}{hour}の{room}を取ってください。", "{day}{hour}、{room}を{who}さんの名前で押さえて。",
+             "{who}ですが、{room}を{day}の{hour}からお願いします。", "会議室{room}、{day}の{hour}、{who}で予約。",
+             "{who}さんが{day}の{hour}に{room}を使いたいそうです。", "{hour}から{room}を使います。{day}、{who}です。"],
+    "cancel": ["{day}の{hour}、{who}さんの{room}を取り消して。", "{room}の予約をやめます。{day}{hour}の{who}です。",
+               "{who}さんは{day}{hour}の{room}を使わなくなりました。", "{day}{hour}の{room}、{who}の分をキャンセルしてください。",
+               "{who}ですが、{room}の{day}{hour}はなしにしてください。", "会議室{room}、{day}の{hour}、{who}、取り消し。",
+               "{day}の{hour}の会議は中止です。{who}の{room}を空けて。", "{who}さんが休みなので{day}{hour}の{room}は不要です。"],
+    "check": ["{day}の{hour}、{who}さんが{room}を使えるか見て。", "{room}は{day}{hour}に空いていますか。{who}です。",
+              "{who}さんの{room}の予約は{day}の{hour}にありますか。", "{day}{hour}の{room}の空きを{who}さんに教えて。",
+              "{who}ですが、{day}の{hour}に{room}は空いていますか。", "会議室{room}、{day}の{hour}、{who}、確認。",
+              "{room}が{day}{hour}に取られているか、{who}さんが聞いています。", "{hour}の{room}は空きですか。{day}、{who}です。"],
+}  # fmt: skip
+JA_HELD = {
+    "book": ["{room}を{day}の{hour}に{who}さんで予約してください。", "{who}です。{day}{hour}に{room}を取ってください。",
+             "{day}の{hour}から{room}をお願いします。{who}です。"],
+    "cancel": ["{who}さんの{room}、{day}の{hour}を取り消してください。", "{who}です。{day}{hour}の{room}をキャンセルして。",
+               "{day}の{hour}の{room}は不要です。{who}さんの分です。"],
+    "check": ["{room}は{day}の{hour}に{who}さんが使えますか。", "{who}です。{day}{hour}の{room}は空いていますか。",
+              "{day}の{hour}に{room}が空いているか、{who}さんに教えて。"],
+}  # fmt: skip
+
+Slots = tuple[str, str, str, int]
+
+
+def say_hour(rng: random.Random, hour: int, japanese: bool) -> str:
+    """An hour as people say it."""
+    if japanese:
+        if rng.random() < 0.5:
+            return f"{hour}時"
+        return f"午前{hour}時" if hour < 12 else f"午後{hour - 12}時" if hour > 12 else "12時"
+    if rng.random() < 0.5:
+        return f"{hour}:00"
+    return f"{hour} am" if hour < 12 else f"{hour - 12} pm" if hour > 12 else "noon"
+
+
+def rows(
+    rng: random.Random, count: int, *, held: bool, new: bool, taken: set[Slots]
+) -> list[dict[str, object]]:
+    """Rows half English, half Japanese, in combinations that are not in `taken`, which grows."""
+    made: list[dict[str, object]] = []
+    while len(made) < count:
+        japanese = len(made) % 2 == 1
+        texts = (JA_HELD if held else JA) if japanese else (EN_HELD if held else EN)
+        if new:
+            rooms, people = (
+                (NEW_ROOMS_JA, NEW_PEOPLE_JA) if japanese else (NEW_ROOMS_EN, NEW_PEOPLE_EN)
+            )
+        else:
+            rooms, people = (ROOMS_JA, PEOPLE_JA) if japanese else (ROOMS_EN, PEOPLE_EN)
+        verb = rng.choice(sorted(texts))
+        room, who, hour = rng.choice(rooms), rng.choice(people), rng.choice(HOURS)
+        code, english, kanji = rng.choice(DAYS)
+        slots = (room, who, code, hour)
+        if slots in taken:
+            continue
+        taken.add(slots)
+        day = (kanji + rng.choice(["", "日"])) if japanese else english
+        ask = rng.choice(texts[verb]).format(
+            room=room, who=who, day=day, hour=say_hour(rng, hour, japanese)
+        )
+        answer = f"{verb} | {room} | {who} | {code} | {hour}"
+        made.append(
+            {
+                "messages": [
+                    {"role": "user", "content": ask},
+                    {"role": "assistant", "content": answer},
+                ]
+            }
+        )  # noqa: E501
+    return made
+
+
+def make() -> dict[str, str]:
+    """File name → its text."""
+    rng = random.Random("booking desk")
+    taken: set[Slots] = set()
+    parts = {
+        "train.jsonl": rows(rng, 1400, held=False, new=False, taken=taken),
+        "heldout.jsonl": rows(rng, 240, held=True, new=False, taken=taken),
+        "heldout_new_words.jsonl": rows(rng, 160, held=True, new=True, taken=taken),
+    }
+    return {
+        name: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
+        for name, made in parts.items()
+    }
+
+
+if __name__ == "__main__":
+    for name, text in make().items():
+        (OUT / name).write_text(text, encoding="utf-8")
+        print(f"{name}: {text.count(chr(10))} rows")

@@ -1,0 +1,434 @@
+"""Text that sprout grows on: this Python's own documentation, and dialogue made by our grammars.
+
+Every machine with Python has the first; the second is drawn fresh for every sample, with random
+words that never existed, so that copying, picking and reordering must be learnt instead of words.
+The demo's task (booking rooms) is in neither. Knows no model and no tokenizer.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import random
+import re
+import sysconfig
+import tokenize
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+Turns = list[tuple[str, str]]  # (role, text)
+HELD_OUT_SHARE = 20  # one module in so many is never trained on
+
+CONSONANTS = "b c d f g h j k l m n p r s t v w z br cl dr fl gr kr pl pr sh sl st th tr".split()
+VOWELS = "a e i o u ai ea ee oa oo ou".split()
+ENDINGS = ["", "", "n", "r", "l", "s", "t", "ck", "m", "nd", "x"]
+HIRAGANA = "あいうえおかきくけこさしすせそたちつてとなにぬねのはひふへほまみむめもやゆよらりるれろわんがぎぐげござじずぜぞだでどばびぶべぼ"
+KATAKANA = "アイウエオカキクケコサシスセソタチツテトナニヌネノハヒフヘホマミムメモヤユヨラリルレロワンガギグゴザジズゼゾダデドバビブベボパピプペポ"
+
+
+def level_one_kanji() -> list[str]:
+    """The 2,965 kanji of JIS X 0208 level 1 (rows 16 to 47), through Python's own codec."""
+    found = []
+    for row in range(16, 48):
+        for cell in range(1, 95):
+            try:
+                found.append(bytes([row + 0xA0, cell + 0xA0]).decode("euc_jp"))
+            except UnicodeDecodeError:
+                continue
+    return found
+
+
+KANJI = level_one_kanji()
+
+
+# --- documentation -----------------------------------------------------------------------------
+
+
+def documentation(*, held_out: bool) -> Iterator[str]:
+    """Docstrings and comment blocks of the standard library, a module at a time.
+
+    A module is held out by the hash of its name, whole.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        name = str(path.relative_to(root))
+        if "site-packages" in name or "lib2to3/tests" in name or name.startswith("test/"):
+            continue
+        out = int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
+        if out != held_out:
+            continue
+        yield from module_texts(path)
+    if not held_out:
+        import pydoc_data.topics as topics
+
+        yield from (text for _, text in sorted(topics.topics.items()))
+
+
+def module_texts(path: Path) -> Iterator[str]:
+    """Docstrings (dedented) and comment blocks of one file; nothing when it cannot be parsed."""
+    try:
+        source = path.read_text(encoding="utf-8")
+        tree = ast.parse(source)
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text and len(text) > 40:
+                yield text
+    block: list[str] = []
+    try:
+        with open(path, "rb") as stream:
+            for token in tokenize.tokenize(stream.readline):
+                if token.type == tokenize.COMMENT:
+                    block.append(token.string.lstrip("# ").rstrip())
+                elif token.type not in (tokenize.NL, tokenize.NEWLINE) and block:
+                    if sum(map(len, block)) > 120:
+                        yield "\n".join(block)
+                    block = []
+    except (tokenize.TokenError, SyntaxError):
+        return
+
+
+def documentation_words() -> list[str]:
+    """Lower-case English words of the training documentation that occur at least five times."""
+    counts: dict[str, int] = {}
+    for text in documentation(held_out=False):
+        for word in re.findall(r"[a-z]{3,11}", text):
+            counts[word] = counts.get(word, 0) + 1
+    return sorted(word for word, count in counts.items() if count >= 5)
+
+
+# --- words that never existed ------------------------------------------------------------------
+
+
+class Words:
+    """Random words in both languages; `known` are English words from the documentation."""
+
+    def __init__(self, rng: random.Random, known: list[str]) -> None:
+        self.rng = rng
+        self.known = known
+
+    def english(self) -> str:
+        """One English-looking word, sometimes a known one or a name."""
+        rng = self.rng
+        if rng.random() < 0.35 and self.known:
+            word = rng.choice(self.known)
+        else:
+            word = "".join(
+                rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(rng.randint(1, 3))
+            ) + rng.choice(ENDINGS)
+        return word.capitalize() if rng.random() < 0.4 else word
+
+    def japanese(self) -> str:
+        """One Japanese-looking word: kanji, kana, or both."""
+        rng, kind = self.rng, self.rng.random()
+        if kind < 0.5:
+            return "".join(rng.choice(KANJI) for _ in range(rng.choice((1, 2, 2, 2, 3, 4))))
+        if kind < 0.7:
+            return "".join(rng.choice(HIRAGANA) for _ in range(rng.randint(2, 5)))
+        if kind < 0.9:
+            word = "".join(rng.choice(KATAKANA) for _ in range(rng.randint(2, 5)))
+            return word + ("ー" if rng.random() < 0.2 else "")
+        return rng.choice(KANJI) + "".join(rng.choice(HIRAGANA) for _ in range(rng.randint(1, 2)))
+
+    def word(self, japanese: bool) -> str:
+        """A word; now and then in the other language, or a number."""
+        kind = self.rng.random()
+        if kind < 0.08:
+            return str(self.rng.randint(0, 10 ** self.rng.randint(1, 4)))
+        return self.japanese() if japanese != (kind < 0.14) else self.english()
+
+    def phrase(self, japanese: bool, most: int = 4) -> str:
+        """One to `most` words."""
+        words = [self.word(japanese) for _ in range(self.rng.randint(1, most))]
+        return ("" if japanese and self.rng.random() < 0.7 else " ").join(words)
+
+    def different(self, japanese: bool, count: int) -> list[str]:
+        """Words that differ."""
+        found: list[str] = []
+        while len(found) < count:
+            word = self.word(japanese)
+            if word not in found:
+                found.append(word)
+        return found
+
+
+# --- dialogue ----------------------------------------------------------------------------------
+
+SEPARATORS = [
+    ", ",
+    " / ",
+    "; ",
+    " - ",
+    " > ",
+    ": ",
+    "\t",
+    " + ",
+    " = ",
+    "、",
+    "・",
+    "→",
+    "\n",
+    " ~ ",
+]
+FIELDS_EN = (
+    "name place thing colour number city owner tool animal food title code shape sound".split()
+)  # noqa: E501
+FIELDS_JA = "名前 場所 物 色 数 町 持ち主 道具 動物 食べ物 題名 番号 形 音".split()
+STORY_EN = {
+    "name": ["{} came early", "there was someone called {}", "everyone knew {}", "{} smiled"],
+    "place": ["it happened in {}", "near {} the road ends", "they walked to {}", "at {} it rained"],
+    "thing": ["the {} was heavy", "someone carried a {}", "on the table lay a {}"],
+    "colour": ["the door was {}", "painted in {}", "the sky turned {}"],
+    "number": ["{} of them were left", "about {} steps away", "it cost {}"],
+    "city": ["the train goes to {}", "a letter from {}", "born in {}"],
+    "owner": ["it belongs to {}", "the house of {}", "{} owns it"],
+    "tool": ["with a {} it is easy", "bring the {}", "the {} broke"],
+    "animal": ["a {} slept there", "the {} ran away", "we saw a {}"],
+    "food": ["they ate {}", "there was {} for supper", "{} tastes good"],
+    "title": ["the book is called {}", "a song named {}", "reading {} again"],
+    "code": ["the code is {}", "written as {}", "marked {}"],
+    "shape": ["in the shape of a {}", "cut like a {}", "a {} of glass"],
+    "sound": ["it went {}", "a loud {} was heard", "the {} of the bell"],
+}
+STORY_JA = {
+    "名前": ["{}さんが来た", "{}という人がいた", "みんな{}を知っていた", "{}は笑った"],
+    "場所": ["{}での出来事だ", "{}の近くで道が終わる", "{}まで歩いた", "{}では雨だった"],
+    "物": ["{}は重かった", "誰かが{}を運んだ", "机の上に{}があった"],
+    "色": ["扉は{}だった", "{}に塗られた", "空が{}になった"],
+    "数": ["{}だけ残った", "{}歩ほど先だ", "{}円だった"],
+    "町": ["電車は{}へ行く", "{}から手紙が来た", "{}で生まれた"],
+    "持ち主": ["それは{}のものだ", "{}の家", "{}が持っている"],
+    "道具": ["{}があれば簡単だ", "{}を持って来て", "{}が壊れた"],
+    "動物": ["{}が眠っていた", "{}が逃げた", "{}を見た"],
+    "食べ物": ["{}を食べた", "夕飯は{}だった", "{}はおいしい"],
+    "題名": ["本の題は{}だ", "{}という歌", "また{}を読んでいる"],
+    "番号": ["番号は{}です", "{}と書いてある", "{}の印がある"],
+    "形": ["{}の形をした", "{}のように切った", "ガラスの{}"],
+    "音": ["{}と鳴った", "{}が聞こえた", "鐘の{}"],
+}
+
+
+def echo(w: Words, ja: bool) -> Turns:
+    text = w.phrase(ja, 6)
+    asks = (
+        [f"「{text}」をそのまま書いて。", f"くり返して：{text}", f"次を写してください。\n{text}"]
+        if ja
+        else [f'Write "{text}" again.', f"Repeat: {text}", f"Copy this.\n{text}", f"Say {text}"]
+    )
+    return [("user", w.rng.choice(asks)), ("assistant", text)]
+
+
+def pick(w: Words, ja: bool) -> Turns:
+    items = w.different(ja, w.rng.randint(2, 7))
+    place = w.rng.randrange(len(items))
+    kind = w.rng.randrange(4)
+    line = ("、" if ja else ", ").join(items)
+    if kind == 0:
+        ask = f"{line}\n{place + 1}番目は？" if ja else f"{line}\nWhich is number {place + 1}?"
+        return [("user", ask), ("assistant", items[place])]
+    if kind == 1:
+        ask = f"逆の順に：{line}" if ja else f"In reverse order: {line}"
+        return [("user", ask), ("assistant", ("、" if ja else ", ").join(items[::-1]))]
+    if kind == 2:
+        ask = f"{line} から{items[place]}を除いて" if ja else f"{line}, without {items[place]}"
+        rest = [x for i, x in enumerate(items) if i != place]
+        return [("user", ask), ("assistant", ("、" if ja else ", ").join(rest))]
+    mark = w.rng.choice(["* ", "- ", "1) ", "・", "# "])
+    ask = (
+        f"箇条書きにして（{mark.strip()}）：{line}"
+        if ja
+        else f"As a list with {mark.strip()}: {line}"
+    )
+    return [("user", ask), ("assistant", "\n".join(mark + x for x in items))]
+
+
+def lookup(w: Words, ja: bool) -> Turns:
+    count = w.rng.randint(2, 6)
+    keys, values = w.different(ja, count), [w.phrase(ja, 3) for _ in range(count)]
+    sep = w.rng.choice([": ", " = ", " -> ", "は", " is "])
+    table = "\n".join(k + sep + v for k, v in zip(keys, values, strict=True))
+    i = w.rng.randrange(count)
+    ask = w.rng.choice(
+        [f"{keys[i]}は？", f"{keys[i]}を教えて"] if ja else [f"What is {keys[i]}?", f"{keys[i]}?"]
+    )
+    turns: Turns = [("user", f"{table}\n{ask}"), ("assistant", values[i])]
+    if w.rng.random() < 0.4:
+        j = w.rng.randrange(count)
+        turns += [("user", f"{keys[j]}は？" if ja else f"And {keys[j]}?"), ("assistant", values[j])]
+    return turns
+
+
+def extract(w: Words, ja: bool) -> Turns:
+    """A few sentences with named slots; the question asks for some of them in some form."""
+    rng = w.rng
+    stories, names = (STORY_JA, FIELDS_JA) if ja else (STORY_EN, FIELDS_EN)
+    fields = rng.sample(names, rng.randint(2, 5))
+    values = {
+        f: w.word(ja) if f not in ("number", "数") else str(rng.randint(1, 999)) for f in fields
+    }
+    told = [rng.choice(stories[f]).format(values[f]) for f in fields]
+    rng.shuffle(told)
+    joined = (
+        (rng.choice(["。", "、"]).join(told) + "。")
+        if ja
+        else ". ".join(
+            t[0].upper() + t[1:] if not t.startswith(tuple(values.values())) else t for t in told
+        )
+        + "."
+    )
+    if not ja and rng.random() < 0.5:
+        joined = rng.choice([", and ", ", while ", " but "]).join(told) + "."
+    wanted = rng.sample(fields, rng.randint(1, len(fields)))
+    return (
+        [
+            ("user", *_question(rng, ja, joined, wanted)),
+            ("assistant", _form(rng, ja, wanted, values)),
+        ]
+        if len(wanted) == 1
+        else _formatted(w, ja, joined, wanted, values)
+    )  # noqa: E501
+
+
+def _question(rng: random.Random, ja: bool, story: str, wanted: list[str]) -> tuple[str]:
+    ask = f"{wanted[0]}は何ですか。" if ja else f"What is the {wanted[0]}?"
+    return (f"{story}\n{ask}" if rng.random() < 0.6 else f"{ask}\n{story}",)
+
+
+def _form(_: random.Random, __: bool, wanted: list[str], values: dict[str, str]) -> str:
+    return values[wanted[0]]
+
+
+def _formatted(w: Words, ja: bool, story: str, wanted: list[str], values: dict[str, str]) -> Turns:
+    rng, kind = w.rng, w.rng.randrange(5)
+    listed = ("と" if ja else ", ").join(wanted)
+    if kind == 0:
+        sep = rng.choice(SEPARATORS)
+        form = sep.join(f"<{f}>" for f in wanted)
+        ask = f"次の形で：{form}" if ja else f"In this form: {form}"
+        answer = sep.join(values[f] for f in wanted)
+    elif kind == 1:
+        ask = f"{listed}をJSONで" if ja else f"{listed} as JSON"
+        answer = "{" + ", ".join(f'"{f}": "{values[f]}"' for f in wanted) + "}"
+    elif kind == 2:
+        verb = w.english().lower()
+        ask = f"{verb}({', '.join(wanted)})"
+        answer = f"{verb}({', '.join(values[f] for f in wanted)})"
+    elif kind == 3:
+        ask = f"{listed}を一行ずつ" if ja else f"{listed}, one a line"
+        answer = "\n".join(f"{f}: {values[f]}" for f in wanted)
+    else:
+        flag = rng.choice(["--", "-", "/"])
+        tool = w.english().lower()
+        ask = f"{tool} {' '.join(flag + f for f in wanted)}"
+        answer = tool + "".join(f" {flag}{f} {values[f]}" for f in wanted)
+    return [
+        ("user", f"{story}\n{ask}" if rng.random() < 0.6 else f"{ask}\n{story}"),
+        ("assistant", answer),
+    ]
+
+
+def pattern(w: Words, ja: bool) -> Turns:
+    """Examples in the prompt show a form; the last line is to be done alike."""
+    rng = w.rng
+    size = rng.randint(2, 4)
+    order = rng.sample(range(size), rng.randint(1, size))
+    left, right = rng.choice(SEPARATORS[:8]), rng.choice(SEPARATORS)
+    arrow = rng.choice([" => ", " -> ", "\n= ", "：", " becomes "])
+    head, tail = rng.choice([("", ""), ("[", "]"), ("", "!"), (w.english() + " ", "")])
+    lines = []
+    for _ in range(rng.randint(2, 4)):
+        words = w.different(ja, size)
+        lines.append(left.join(words) + arrow + head + right.join(words[i] for i in order) + tail)
+    words = w.different(ja, size)
+    prompt = "\n".join([*lines, left.join(words) + arrow.rstrip()])
+    return [("user", prompt), ("assistant", head + right.join(words[i] for i in order) + tail)]
+
+
+def swap(w: Words, ja: bool) -> Turns:
+    words = [w.word(ja) for _ in range(w.rng.randint(3, 8))]
+    i, new = w.rng.randrange(len(words)), w.word(ja)
+    text = (" " if not ja else w.rng.choice(["", " ", "、"])).join(words)
+    ask = f"「{text}」の{words[i]}を{new}に変えて" if ja else f"Change {words[i]} to {new}: {text}"
+    return [("user", ask), ("assistant", text.replace(words[i], new))]
+
+
+def arithmetic(w: Words, ja: bool) -> Turns:
+    a, b = w.rng.randint(0, 20), w.rng.randint(0, 20)
+    sign, result = w.rng.choice([("+", a + b), ("-", a - b)])
+    thing = w.word(ja)
+    if w.rng.random() < 0.4:
+        ask = (
+            f"{thing}が{a}個、さらに{b}個。全部で？"
+            if ja
+            else f"{a} {thing} and {b} more. How many?"
+        )
+        return [("user", ask), ("assistant", f"{a + b}{'個' if ja else ''}")]
+    return [("user", f"{a} {sign} {b} {'は？' if ja else '= ?'}"), ("assistant", str(result))]
+
+
+def talk(w: Words, ja: bool) -> Turns:
+    """Small talk that remembers a name and a thing."""
+    rng, name, thing = w.rng, w.word(ja), w.word(ja)
+    if ja:
+        turns: Turns = [
+            (
+                "user",
+                rng.choice(
+                    [f"こんにちは、{name}です。", f"私は{name}といいます。", f"{name}と呼んで。"]
+                ),
+            ),
+            ("assistant", rng.choice([f"こんにちは、{name}さん。", f"{name}さん、はじめまして。"])),
+        ]
+        more = [
+            (f"{thing}が好きです。", f"{thing}はいいですね。"),
+            (f"今日は{thing}を買いました。", f"{thing}を買ったのですね。"),
+            ("私の名前は？", f"{name}さんです。"),
+            ("ありがとう。", "どういたしまして。"),
+            ("元気ですか。", "はい、元気です。"),
+            ("あなたは誰？", "私はスプラウト、練習用の小さなモデルです。"),
+        ]
+    else:
+        turns = [
+            (
+                "user",
+                rng.choice([f"Hello, I am {name}.", f"My name is {name}.", f"Call me {name}."]),
+            ),
+            ("assistant", rng.choice([f"Hello, {name}.", f"Nice to meet you, {name}."])),
+        ]
+        more = [
+            (f"I like {thing}.", f"{thing} is nice."),
+            (f"I bought {thing} today.", f"So you bought {thing}."),
+            ("What is my name?", f"Your name is {name}."),
+            ("Thank you.", "You are welcome."),
+            ("How are you?", "I am well, thank you."),
+            ("Who are you?", "I am Sprout, a small practice model."),
+        ]
+    for ask, answer in rng.sample(more, rng.randint(0, 3)):
+        turns += [("user", ask), ("assistant", answer)]
+    return turns
+
+
+KINDS: list[tuple[Callable[[Words, bool], Turns], int]] = [
+    (echo, 14), (pick, 14), (lookup, 14), (extract, 34), (pattern, 12), (swap, 8),
+    (arithmetic, 4), (talk, 10),
+]  # fmt: skip
+
+
+def dialogue(rng: random.Random, known: list[str]) -> Turns:
+    """One conversation, English or Japanese, now and then two tasks in a row."""
+    words = Words(rng, known)
+    japanese = rng.random() < 0.5
+    makers, weights = zip(*KINDS, strict=True)
+    turns: Turns = []
+    if rng.random() < 0.08:
+        turns.append(("system", "短く答えて。" if japanese else "Answer briefly."))
+    for _ in range(2 if rng.random() < 0.15 else 1):
+        turns += rng.choices(makers, weights)[0](words, japanese)
+    return turns
+
+
+def render(turns: Turns) -> str:
+    """As sprout's chat template writes it."""
+    return "".join(f"<|{role}|>\n{text}<|end|>\n" for role, text in turns)
