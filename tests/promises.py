@@ -2,8 +2,8 @@
 
 A row is `| promise | proof | measured |`. A proof is one of
   suite: tests/test_x.py::test_y     ran and passed in this session (a prefix: all its parameters)
-  prove: COMMAND -> FILE             a result under benchmarks/results/ that says it holds
-  device: COMMAND -> FILE            the same on a GPU; `not yet measured` in place of FILE is allowed
+  prove: COMMAND → FILE             a result under benchmarks/results/ that says it holds
+  device: COMMAND → FILE            the same on a GPU; FILE may be `not yet measured`
 """
 
 from __future__ import annotations

@@ -232,7 +232,7 @@ def data_check(
     as_json: Json = False,
     settings: dict[str, Any],
 ) -> None:
-    """Count what would be trained on, and list every row that would be left out, with its reason."""
+    """Count what would be trained on, and list every row left out, with its reason."""
     from tsugiki.looking import check_data
 
     settings.setdefault("data", {})["path"] = source

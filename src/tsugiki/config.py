@@ -18,8 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tsugiki.errors import UsageError, did_you_mean
 
-FORMAT_VERSION = 1
-
 TrainOn = Literal["assistant", "last", "everything"]
 Long = Literal["skip", "window", "split"]
 Method = Literal["lora", "full"]
@@ -209,7 +207,7 @@ class TrainConfig(Section):
 class RunConfig(Section):
     """Everything that `tsugiki train` was asked for, saved as `config.yaml` in the run folder."""
 
-    version: Literal[1] = FORMAT_VERSION
+    version: Literal[1] = 1
     preset: str | None = option("--preset", "settings from the guides (tsugiki presets lists them)")
     output: Path | None = option("--output", "run folder to make; default runs/NAME-DATE")
     model: ModelConfig = ModelConfig()

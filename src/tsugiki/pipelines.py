@@ -24,12 +24,13 @@ from tsugiki.data.formats import Rows, read_rows
 from tsugiki.data.report import counts_table, show
 from tsugiki.device import Decisions, decide
 from tsugiki.errors import DataError, MemoryLimitError
-from tsugiki.files import atomic_write, human_bytes, read_json, require_space, write_json
+from tsugiki.files import human_bytes, read_json, require_space
 from tsugiki.models.load import Base, ResolvedModel, load_base, load_tokenizer, resolve_model
 from tsugiki.models.spec import ModelSpec
 from tsugiki.planning import Facts, Plan, check_context, make_plan
 from tsugiki.terminal import Terminal
-from tsugiki.training.loop import TrainResult, train
+from tsugiki.training.events import TrainResult
+from tsugiki.training.loop import train
 from tsugiki.watching import tell
 
 SHOWN_SKIPS = 8
@@ -301,6 +302,3 @@ def _memory_error(session: Session, folder: Path) -> MemoryLimitError:
         got=f"predicted {human_bytes(session.plan.memory_total)}",
         fix=f"{ways}; or free memory and go on: tsugiki train --resume {folder}",
     )
-
-
-__all__ = ["Session", "atomic_write", "run_training", "write_json"]

@@ -33,7 +33,7 @@ def looks_like_aozora(raw: bytes) -> bool:
 
 
 def clean(raw: bytes | str) -> str:
-    """The work's own text: marks, header and colophon removed; applying it twice changes nothing."""
+    """The work's own text, without marks, header and colophon; doing it twice changes nothing."""
     text = raw if isinstance(raw, str) else (_decode(raw) or "")
     text = text.replace("\r\n", "\n").replace("\r", "\n").lstrip("\ufeff")
     rules = list(RULE.finditer(text[:6000]))

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tsugiki.data.formats import Message, Row, RowProblem
-from tsugiki.data.rendering import bounded, check_template
+from tsugiki.data.rendering import Watch, check_template
 from tsugiki.data.templates import FALLBACKS
 from tsugiki.errors import DataError
 
@@ -23,7 +23,6 @@ IGNORED = -100
 MARKER = "zxqj"
 FOLDED = "system turn put into the first user turn"
 JOINED = "turns of one role joined"
-PLACED = "answer put after the generation prompt"
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,11 @@ class ChatFormat:
             )
         self.template = None if name == "tokenizer" else FALLBACKS[name]
         self.repairs: Counter[str] = Counter()
+        self._watch = Watch()
+        if self.template is None:
+            own = tokenizer.chat_template
+            for source in own.values() if isinstance(own, dict) else [own]:
+                check_template(str(source))
         plain = tokenizer("a", add_special_tokens=True)["input_ids"]
         self.bos = tokenizer.bos_token_id
         self.starts_with_bos = self.bos is not None and bool(plain) and plain[0] == self.bos
@@ -144,8 +148,7 @@ class ChatFormat:
             if self.template is not None:  # one of ours ends by itself
                 text = render()
             else:
-                self._check_own()
-                text = bounded(render)
+                text = self._watch.bounded(render)
         except DataError:
             raise
         except Exception as error:  # a template may raise anything
@@ -154,12 +157,6 @@ class ChatFormat:
         if not isinstance(text, str):
             raise RowProblem("the chat template gave no text")
         return text
-
-    def _check_own(self) -> None:
-        own = self.tokenizer.chat_template
-        for source in own.values() if isinstance(own, dict) else [own]:
-            if isinstance(source, str):
-                check_template(source)
 
     def encode(self, text: str) -> list[int]:
         """Rendered text → ids, no special tokens added."""
@@ -197,9 +194,7 @@ class ChatFormat:
             return found
         raise first or RowProblem("no turns")
 
-    def _examples(
-        self, messages: tuple[Message, ...], row: Row, train_on: str
-    ) -> list[Example]:
+    def _examples(self, messages: tuple[Message, ...], row: Row, train_on: str) -> list[Example]:
         answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
         if not answers:
             raise RowProblem("no answer to train on")

@@ -21,6 +21,7 @@ from tsugiki.errors import DataError
 SECONDS = 0.8  # of processor time for one conversation; real templates take milliseconds
 LARGEST_TEMPLATE = 1 << 20  # characters; the longest known to us has 20,000
 LARGEST_NUMBER = 100_000
+IDLE_LOOKS = 20  # looks at nothing after which the watching thread ends
 WAY_OUT = "--template chatml uses a format of ours in place of the tokenizer's template"
 
 
@@ -61,39 +62,56 @@ def _small(node: nodes.Expr) -> bool:
     ) and not (isinstance(node, nodes.Const) and isinstance(node.value, str))
 
 
-def bounded(render: Callable[[], object], seconds: float = SECONDS) -> object:
-    """What `render` gives, stopped when it runs longer.
+class Watch:
+    """Stops renders that run too long, from a thread of its own that ends when idle.
 
-    A second thread raises an exception in this one, which works on every system and in every
-    thread. Processor time counts beside the clock, so that a machine that was put to sleep does
-    not make a row look hostile.
-
-    Raises:
-        DataError: the time is over.
+    An exception raised in the rendering thread works on every system and in every thread.
+    Processor time counts beside the clock, so that a machine that was put to sleep does not make
+    a row look hostile. One thread for all renders: starting one each costs more than rendering.
     """
-    thread = threading.get_ident()
-    done, lock = threading.Event(), threading.Lock()
-    spent = time.process_time()
 
-    def watch() -> None:
-        while not done.wait(seconds):
-            if time.process_time() - spent >= seconds * 0.8:
-                with lock:
-                    if not done.is_set():
-                        _raise_in(thread, _OutOfTime)
-                return
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self.seconds = seconds
+        self._lock = threading.Lock()
+        self._running: dict[int, tuple[float, float]] = {}  # thread → clock, processor at start
+        self._watcher: threading.Thread | None = None
 
-    threading.Thread(target=watch, daemon=True).start()
-    try:
+    def bounded(self, render: Callable[[], object]) -> object:
+        """What `render` gives.
+
+        Raises:
+            DataError: it ran for more than `seconds`.
+        """
+        thread = threading.get_ident()
+        with self._lock:
+            self._running[thread] = time.monotonic(), time.process_time()
+            if self._watcher is None or not self._watcher.is_alive():
+                self._watcher = threading.Thread(target=self._watch, daemon=True)
+                self._watcher.start()
         try:
-            return render()
-        finally:
-            with lock:
-                done.set()
-    except _OutOfTime:
-        raise DataError(
-            f"the chat template did not finish within {seconds:g} s", fix=WAY_OUT
-        ) from None
+            try:
+                return render()
+            finally:
+                with self._lock:
+                    self._running.pop(thread, None)
+        except _OutOfTime:
+            raise DataError(
+                f"the chat template did not finish within {self.seconds:g} s", fix=WAY_OUT
+            ) from None
+
+    def _watch(self) -> None:
+        idle = 0
+        while idle < IDLE_LOOKS:
+            time.sleep(self.seconds / 8)
+            with self._lock:
+                idle = 0 if self._running else idle + 1
+                now, spent = time.monotonic(), time.process_time()
+                for thread, (clock, processor) in list(self._running.items()):
+                    if min(now - clock, spent - processor) >= self.seconds * 0.8:
+                        del self._running[thread]
+                        _raise_in(thread, _OutOfTime)
+                if idle >= IDLE_LOOKS:
+                    self._watcher = None  # under the lock: the next render starts another
 
 
 def _raise_in(thread: int, kind: type[BaseException]) -> None:

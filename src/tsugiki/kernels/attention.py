@@ -150,8 +150,8 @@ def reference_attention(
     """The plain meaning of `packed_attention`: one document after the other, scores written out."""
     outputs, at = [], 0
     for length in lengths:
-        one = [t[:, :, at : at + length] for t in (q, k, v)]
+        a, b, c = (t[:, :, at : at + length] for t in (q, k, v))
         mask = causal_mask(length, window, q.device)
-        outputs.append(masked_attention(*one, mask, scale=scale, softcap=softcap, sinks=sinks))
+        outputs.append(masked_attention(a, b, c, mask, scale=scale, softcap=softcap, sinks=sinks))
         at += length
     return torch.cat(outputs, dim=2).transpose(1, 2)

@@ -137,7 +137,7 @@ def _one(x: Tensor, weight: FrozenWeight, term: LoraTerm) -> Tensor:
     if term.dropout > 0:
         keep = 1.0 - term.dropout
         mask = torch.empty_like(x).bernoulli_(keep).div_(keep)
-    out = _LoraProduct.apply(x, term.A, term.B, term.scale, weight, mask)
+    out = _LoraProduct.apply(x, term.A, term.B, term.scale, weight, mask)  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
     return out
 

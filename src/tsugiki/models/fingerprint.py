@@ -7,6 +7,7 @@ so that a base that differs only in its type is recognised. Knows nothing of ada
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -55,10 +56,8 @@ def fingerprint_folder(folder: Path, meta_model: nn.Module) -> Fingerprint:
 
     result = fingerprint_tensors(tensors(), NameMap(meta_model))
     content = {"version": VERSION, "stamp": stamp, **result.__dict__}
-    try:
+    with contextlib.suppress(TsugikiError):  # a cache that cannot be written only costs time
         atomic_write(cache, json.dumps(content))
-    except TsugikiError:
-        pass  # a cache that cannot be written only costs time
     return result
 
 
@@ -105,7 +104,7 @@ def _one(path: str, tensor: Tensor) -> tuple[str, str, str]:
 
 def _digest(tensor: Tensor) -> str:
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()
+    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -101,7 +101,7 @@ def solo_forward(
     ids (1, T) → (1, n, V).
     """
     pieces = []
-    for document in ids.split(list(lengths), dim=1):
+    for document in torch.split(ids, list(lengths), dim=1):
         pieces.append(model(input_ids=document, use_cache=False).logits)
     logits = torch.cat(pieces, dim=1)
     return logits if logits_at is None else logits[:, logits_at]

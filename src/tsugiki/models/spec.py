@@ -6,9 +6,8 @@ of adapters or of how weights are loaded.
 
 from __future__ import annotations
 
-import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,7 @@ class ModelSpec:
     parameters: int
     tied: bool
     config: PretrainedConfig
+    meta: nn.Module = field(repr=False, compare=False)
 
     @classmethod
     def from_folder(cls, folder: Path, *, trust_remote_code: bool = False) -> ModelSpec:
@@ -60,7 +60,7 @@ class ModelSpec:
     def from_config(cls, config: PretrainedConfig) -> ModelSpec:
         """Shapes from a transformers config."""
         text = config.get_text_config()
-        model = _meta_model(config)
+        model = _build_on_meta(config)
         heads = int(_first(text, "num_attention_heads", "n_head") or 1)
         hidden = int(_first(text, "hidden_size", "n_embd") or 0)
         layers = int(_first(text, "num_hidden_layers", "n_layer") or 0)
@@ -77,11 +77,12 @@ class ModelSpec:
             parameters=sum(p.numel() for p in unique_parameters(model)),
             tied=bool(getattr(text, "tie_word_embeddings", False)),
             config=config,
+            meta=model,
         )
 
     def meta_model(self) -> nn.Module:
         """The module tree without memory (meta device), to look up names and shapes."""
-        return _meta_model(self.config)
+        return self.meta
 
     def linear_modules(self) -> tuple[LinearModule, ...]:
         """Every projection of the tree, the head included."""
@@ -149,29 +150,17 @@ def stored_dtype(config: PretrainedConfig) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
-@functools.lru_cache(maxsize=4)
-def _meta_model_cached(key: str, config_class: type, model_type: str) -> nn.Module:
-    config = config_class(**json.loads(key))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    assert isinstance(model, nn.Module)
-    return model
-
-
-def _meta_model(config: PretrainedConfig) -> nn.Module:
+def _build_on_meta(config: PretrainedConfig) -> nn.Module:
     try:
-        return _meta_model_cached(
-            json.dumps(config.to_dict(), sort_keys=True, default=str),
-            type(config),
-            config.model_type,
-        )
-    except ModelError:
-        raise
-    except Exception as error:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # transformers raises many types for an odd config
         raise ModelError(
             f"no causal language model can be built from this config ({config.model_type})",
             got=_first_line(error),
         ) from None
+    assert isinstance(model, nn.Module)
+    return model
 
 
 class NameMap:
