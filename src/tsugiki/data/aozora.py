@@ -16,8 +16,8 @@ UNICODE_NOTE = re.compile(r"※［＃[^］]*?[Uu]\+([0-9A-Fa-f]{4,6})[^］]*］"
 JIS_NOTE = re.compile(r"※［＃[^］]*?第[34]水準([12])-(\d{1,2})-(\d{1,2})[^］]*］")
 KUTEN_NOTE = re.compile(r"※［＃[^］]*?、(\d{1,2})-(\d{1,2})-(\d{1,2})］")
 NAMED_NOTE = re.compile(r"※［＃「([^」]{1,3})」[^］]*］")
+KANA_NOTE = re.compile(r"※［＃小書き(?:平仮名|片仮名)(.)[^］]*］")
 NOTE = re.compile(r"［＃[^］]*］")
-ACCENT = str.maketrans("〔〕", "  ")
 MISSING = "〓"
 
 
@@ -28,28 +28,36 @@ def looks_like_aozora(raw: bytes) -> bool:
         return False
     has_marks = "《" in text or "［＃" in text
     tail = text if len(raw) <= 1 << 20 else raw[-4096:].decode("cp932", errors="replace")
-    has_frame = bool(RULE.search(text[:4000])) or bool(COLOPHON.search(tail))
-    return has_marks and has_frame
+    return has_marks and (_header(text) is not None or bool(COLOPHON.search(tail)))
 
 
 def clean(raw: bytes | str) -> str:
     """The work's own text, without marks, header and colophon; doing it twice changes nothing."""
     text = raw if isinstance(raw, str) else (_decode(raw) or "")
     text = text.replace("\r\n", "\n").replace("\r", "\n").lstrip("\ufeff")
-    rules = list(RULE.finditer(text[:6000]))
-    if len(rules) >= 2:
-        text = text[: rules[0].start()] + text[rules[1].end() :]
-    colophon = list(COLOPHON.finditer(text))
+    header = _header(text)
+    if header is not None:
+        text = text[: header[0]] + text[header[1] :]
+    colophon = COLOPHON.search(text)
     if colophon:
-        text = text[: colophon[-1].start()]
+        text = text[: colophon.start()]
     text = UNICODE_NOTE.sub(lambda m: _character(int(m.group(1), 16)), text)
     text = JIS_NOTE.sub(lambda m: _kuten(*(int(g) for g in m.groups())), text)
     text = KUTEN_NOTE.sub(lambda m: _kuten(*(int(g) for g in m.groups())), text)
     text = NAMED_NOTE.sub(lambda m: m.group(1) if len(m.group(1)) == 1 else MISSING, text)
+    text = KANA_NOTE.sub(r"\1", text)
     text = re.sub(r"※［＃[^］]*］", MISSING, text)
     text = NOTE.sub("", RUBY.sub("", text)).replace("｜", "")
     text = re.sub(r"[ \t]+\n", "\n", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _header(text: str) -> tuple[int, int] | None:
+    """Where the block between two rules stands that explains the marks."""
+    rules = list(RULE.finditer(text[:6000]))
+    if len(rules) < 2 or "記号" not in text[rules[0].end() : rules[1].start()]:
+        return None
+    return rules[0].start(), rules[1].end()
 
 
 def _character(code: int) -> str:

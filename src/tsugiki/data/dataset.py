@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tsugiki.data.chat import ChatFormat, Example
 from tsugiki.data.files import Skipped
@@ -18,6 +18,7 @@ from tsugiki.data.lengths import fit
 from tsugiki.errors import DataError
 
 FEWEST_TO_SPLIT = 20
+NAMED_TWINS = 3
 MOST_HELD_OUT = 200
 DEFAULT_RATIO = 0.1
 
@@ -65,7 +66,7 @@ def prepare(
         DataError: nothing would be trained; with `strict`, the first row that would be skipped.
     """
     done: Counter[str] = Counter()
-    notes: list[str] = []
+    notes: list[str] = list(rows.notes)
     skipped = list(rows.skipped)
     chat.repairs.clear()
     kept = _examples(rows, chat, max_length, long, train_on, skipped, done, strict)
@@ -88,14 +89,16 @@ def prepare(
             got="; ".join(f"{count} × {reason}" for reason, count in reasons) or "no rows",
             fix="tsugiki data check FILE lists every row that was left out",
         )
-    duplicates = len(kept) - len({(e.ids, e.labels) for e in kept})
-    if duplicates:
-        notes.append(f"{duplicates} examples occur more than once; all are kept")
+    twins = _twins(kept)
+    if twins:
+        named = "; ".join(f"{second} repeats {first}" for first, second in twins[:NAMED_TWINS])
+        more = f"; … {len(twins) - NAMED_TWINS} more" if len(twins) > NAMED_TWINS else ""
+        notes.append(f"{len(twins)} duplicates, all kept: {named}{more}")
     counts = {
         "rows": rows.seen,
         "kept": len({e.source for e in kept}),
-        "skipped": len(rows.skipped) + sum(1 for s in skipped[len(rows.skipped) :]),
-        "duplicates": duplicates,
+        "skipped": len({s.source for s in skipped}),
+        "duplicates": len(twins),
         "train": len(train),
         "held_out": len(held),
         "tokens": sum(len(e.ids) for e in train),
@@ -162,10 +165,19 @@ def _examples(
             for piece in pieces:
                 assert piece.labelled, f"{piece.source}: an example without a label"
                 assert piece.raw or chat.stop_id in piece.labels, f"{piece.source}: no stop token"
-                kept.append(piece)
-            if name == "window" and len(examples) > 1:
-                break  # the window of the whole row holds every turn's example already
+                kept.append(replace(piece, key=example.key))
     return kept
+
+
+def _twins(kept: list[Example]) -> list[tuple[str, str]]:
+    """(first, later) places of examples that are equal in ids and labels."""
+    first: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
+    twins = []
+    for example in kept:
+        place = first.setdefault((example.ids, example.labels), example.source)
+        if place != example.source:
+            twins.append((place, example.source))
+    return twins
 
 
 def _split(
@@ -175,8 +187,8 @@ def _split(
     if ratio == 0:
         return kept, []
     if len(keys) < FEWEST_TO_SPLIT:
-        if len(keys) == 1 and kept and kept[0].raw and len(kept) >= FEWEST_TO_SPLIT:
-            return _split_tail(kept, ratio or DEFAULT_RATIO, notes)
+        if len(kept) >= FEWEST_TO_SPLIT and all(e.raw for e in kept):
+            return _split_ends(kept, ratio or DEFAULT_RATIO, notes)
         notes.append(
             f"fewer than {FEWEST_TO_SPLIT} different prompts: nothing is held out, "
             "so the last state is kept instead of the best"
@@ -184,13 +196,23 @@ def _split(
         return kept, []
     count = round(len(keys) * (DEFAULT_RATIO if ratio is None else ratio))
     count = max(1, count if ratio is not None else min(MOST_HELD_OUT, count))
-    out = set(random.Random(f"split {seed}").sample(keys, count))
+    out = set(random.Random(f"split {seed}").sample(keys, min(count, len(keys) - 1)))
     return [e for e in kept if e.key not in out], [e for e in kept if e.key in out]
 
 
-def _split_tail(
+def _split_ends(
     kept: list[Example], ratio: float, notes: list[str]
 ) -> tuple[list[Example], list[Example]]:
-    count = max(1, min(MOST_HELD_OUT, round(len(kept) * ratio)))
-    notes.append(f"one text: its last {count} pieces are held out")
-    return kept[:-count], kept[-count:]
+    """Few but long texts: the end of each is held out."""
+    texts: dict[str, list[Example]] = {}
+    for example in kept:
+        texts.setdefault(example.source, []).append(example)
+    train: list[Example] = []
+    held: list[Example] = []
+    for pieces in texts.values():
+        count = round(len(pieces) * min(ratio, MOST_HELD_OUT / len(kept)))
+        count = min(max(1, count), len(pieces) - 1)
+        train += pieces[: len(pieces) - count]
+        held += pieces[len(pieces) - count :]
+    notes.append(f"few long texts: the last pieces of each are held out ({len(held)} in all)")
+    return train, held

@@ -7,7 +7,6 @@ reason, never raised: a bad line is the user's data, not an error of the program
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 from collections.abc import Iterator
@@ -19,7 +18,9 @@ from tsugiki.data import aozora
 from tsugiki.errors import DataError
 
 LINE_LIMIT = 32 << 20  # bytes of one line or cell; longer ones are skipped unread
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+SUFFIXES = (*ROW_SUFFIXES, ".txt", ".md")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Skipped:
 def data_files(path: Path) -> list[Path]:
     """The file itself, or the data files of a folder, sorted.
 
+    A folder's texts count only where it holds no files of rows: beside rows they are a README or a
+    licence.
+
     Raises:
         DataError: nothing there, no permission, or a kind that is not read.
     """
@@ -50,11 +54,13 @@ def data_files(path: Path) -> list[Path]:
         found = sorted(
             p
             for p in path.rglob("*")
-            if p.is_file() and p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
+            if p.is_file()
+            and p.suffix.lower() in SUFFIXES
+            and not any(part.startswith(".") for part in p.relative_to(path).parts)
         )
         if not found:
             raise DataError(f"the folder {path} holds no data files", allowed=", ".join(SUFFIXES))
-        return found
+        return [p for p in found if p.suffix.lower() in ROW_SUFFIXES] or found
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(
             f"{path}: this kind of file is not read",
@@ -87,28 +93,34 @@ def read_records(path: Path) -> Iterator[Record | Skipped]:
             yield from _text(path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not valid {error.encoding} (byte {error.start + 1})") from None
 
 
 def decode(raw: bytes) -> str:
     """UTF-8 with or without a byte order mark, UTF-16 with one; raises UnicodeDecodeError."""
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if raw.startswith(UTF16_MARKS):
         return raw.decode("utf-16")
     return raw.decode("utf-8-sig")
 
 
 def parse(text: str) -> Any:
-    """JSON without NaN or inf and without lone surrogates; raises ValueError with a reason."""
+    """JSON without NaN, inf, half surrogates; raises ValueError with a reason."""
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from None
-    if "\\u" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("holds half of a surrogate pair") from None
+        where = f"line {error.lineno}, column" if "\n" in text.strip() else "column"
+        raise ValueError(f"not valid JSON ({error.msg} at {where} {error.colno})") from None
+    except ValueError as error:
+        if "integer string conversion" in str(error):
+            raise ValueError("holds a number of more than 4,300 digits") from None
+        raise
     return value
 
 
@@ -116,9 +128,21 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"the number {digits[:20]} is too large")
+    return value
+
+
 def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
     """(line number, bytes) with CRLF and CR understood; None for a line beyond the limit."""
     with open(path, "rb") as stream:
+        if stream.read(2) in UTF16_MARKS:
+            text = decode(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
+            yield from ((i, line.encode()) for i, line in enumerate(text.split("\n"), 1))
+            return
+        stream.seek(0)
         number, rest = 0, b""
         overlong = False
         while True:
@@ -142,13 +166,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _jsonl(path: Path) -> Iterator[Record | Skipped]:
-    wide = path.open("rb").read(2) in (b"\xff\xfe", b"\xfe\xff")
-    lines: Iterator[tuple[int, bytes | None]] = (
-        ((i, t.encode()) for i, t in enumerate(decode(path.read_bytes()).splitlines(), 1))
-        if wide
-        else _lines(path)
-    )
-    for number, raw in lines:
+    for number, raw in _lines(path):
         source = f"{path}:{number}"
         if raw is None:
             yield Skipped(source, f"a line of more than {LINE_LIMIT >> 20} MB")
@@ -177,18 +195,17 @@ def _record(value: Any, source: str) -> Record | Skipped:
 
 
 def _json(path: Path) -> Iterator[Record | Skipped]:
+    raw = path.read_bytes()
     try:
-        value = parse(decode(path.read_bytes()))
+        value = parse(decode(raw))
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not valid UTF-8 (byte {error.start + 1})") from None
+        line = raw[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line} is not valid {error.encoding}", fix=_iconv(path)) from None
     except ValueError as error:
-        lines = path.read_bytes().split(b"\n", 2)
-        hint = (
-            "it looks like one object a line: rename it to .jsonl"
-            if len(lines) > 1 and lines[0].strip().endswith(b"}")
-            else "check it with a JSON validator"
-        )
-        raise DataError(f"{path}: {error}", fix=hint) from None
+        if _is_object(raw.strip().split(b"\n", 1)[0]):  # rows, one a line, under the other name
+            yield from _jsonl(path)
+            return
+        raise DataError(f"{path}: {error}", fix="mend the file: it is read as one value") from None
     if isinstance(value, dict):
         holders = ("data", "rows", "train", "conversations")
         inner = next((value[key] for key in holders if isinstance(value.get(key), list)), None)
@@ -204,35 +221,71 @@ def _json(path: Path) -> Iterator[Record | Skipped]:
         yield _record(row, f"{path}:{number}")
 
 
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(parse(decode(line)), dict)
+    except ValueError:  # UnicodeDecodeError is one
+        return False
+
+
+def _iconv(path: Path) -> str:
+    return f"iconv -f cp932 -t utf-8 {path} > utf8{path.suffix}  (if it is Japanese text)"
+
+
 def _is_dialogue(row: list[Any]) -> bool:
     return bool(row) and all(isinstance(m, dict) for m in row)
 
 
 def _table(path: Path, delimiter: str) -> Iterator[Record | Skipped]:
-    try:
-        text = decode(path.read_bytes())
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not valid UTF-8 (byte {error.start + 1})",
-            fix=f"iconv -f cp932 -t utf-8 {path} > utf8{path.suffix}  (if it comes from Excel)",
-        ) from None
+    bad: dict[int, str] = {}  # line → why it cannot be read
     csv.field_size_limit(LINE_LIMIT)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        header = next(reader, None)
-        if not header or not any(name.strip() for name in header):
-            raise DataError(f"{path} has no header line", fix="name the columns in the first line")
-        names = [name.strip() for name in header]
-        for cells in reader:
-            source = f"{path}:{reader.line_num}"
-            if not any(cell.strip() for cell in cells):
-                continue
-            if len(cells) != len(names):
-                yield Skipped(source, f"{len(cells)} cells under {len(names)} columns")
-                continue
+    reader = csv.reader(_table_lines(path, bad), delimiter=delimiter, strict=True)
+    names: list[str] | None = None
+    while True:
+        begin = reader.line_num + 1
+        source = f"{path}:{begin}"
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            if names is None:
+                raise DataError(f"{source}: not readable as a table: {error}") from None
+            yield Skipped(source, f"not readable as a table: {error}")
+            continue
+        if cells is None:
+            return
+        reasons = [bad[n] for n in range(begin, reader.line_num + 1) if n in bad]
+        if names is None:
+            if reasons:
+                raise DataError(f"{source}: {reasons[0]}", fix=_iconv(path))
+            names = [name.strip() for name in cells]
+            if not all(names) or len(set(names)) < len(names):
+                raise DataError(
+                    f"{source}: the first line must name every column, each once",
+                    got=", ".join(name[:40] or "(empty)" for name in names[:12]) or "nothing",
+                    fix="name the columns in the first line",
+                )
+        elif reasons:
+            yield Skipped(source, reasons[0])
+        elif not any(cell.strip() for cell in cells):
+            continue
+        elif len(cells) != len(names):
+            yield Skipped(source, f"{len(cells)} cells under {len(names)} columns")
+        else:
             yield Record(dict(zip(names, cells, strict=True)), source)
-    except csv.Error as error:
-        yield Skipped(f"{path}:{reader.line_num}", f"not readable as a table: {error}")
+
+
+def _table_lines(path: Path, bad: dict[int, str]) -> Iterator[str]:
+    """Lines for the table reader; one that cannot be read becomes empty and is noted in `bad`."""
+    for number, raw in _lines(path):
+        text = ""
+        if raw is None:
+            bad[number] = f"a line of more than {LINE_LIMIT >> 20} MB"
+        else:
+            try:
+                text = decode(raw) if number == 1 else raw.decode()
+            except UnicodeDecodeError as error:
+                bad[number] = f"not valid UTF-8 (byte {error.start + 1})"
+        yield text + "\n"
 
 
 def _parquet(path: Path) -> Iterator[Record | Skipped]:
@@ -268,7 +321,7 @@ def _text(path: Path) -> Iterator[Record | Skipped]:
         line = raw[: error.start].count(b"\n") + 1
         raise DataError(
             f"{path}:{line} is not valid UTF-8",
-            fix="convert it: iconv -f cp932 -t utf-8 FILE > utf8.txt  (for Japanese text)",
+            fix=_iconv(path),
         ) from None
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if text.strip():

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tsugiki.data.files import Record, Skipped, data_files, read_records
+from tsugiki.data.files import ROW_SUFFIXES, Record, Skipped, data_files, parse, read_records
 from tsugiki.errors import DataError
 from tsugiki.files import sha256_file
 
@@ -34,6 +34,11 @@ PAIRS: dict[str, tuple[str, str]] = {
     "instruction/response": ("instruction", "response"),
     "input/output": ("input", "output"),
 }
+ASKING = ("question", "prompt", "instruction", "query", "input", "source", "document", "title")
+ANSWERING = (
+    "answer", "response", "completion", "output", "reply", "target", "summary", "sql", "code",
+    "translation",
+)  # fmt: skip
 FIELD = re.compile(r"\{([^{}\[\]]+)(?:\[([^\[\]]+)\])?\}")
 
 
@@ -71,6 +76,7 @@ class Rows:
     files: tuple[str, ...]
     fingerprint: str
     seen: int = field(default=0)
+    notes: tuple[str, ...] = ()
 
 
 class RowProblem(Exception):
@@ -106,7 +112,7 @@ def read_rows(
     seen = 0
     for file in files:
         layout = None
-        for record in read_records(file):
+        for record in _readable(file, alone=len(files) == 1):
             seen += 1
             if isinstance(record, Skipped):
                 _skip(record, skipped, strict)
@@ -127,9 +133,24 @@ def read_rows(
                 _skip(Skipped(record.source, str(problem)), skipped, strict)
     if not rows:
         _nothing(path, skipped, unknown)
+    notes = []
+    if path.is_dir() and files[0].suffix.lower() in ROW_SUFFIXES:
+        texts = sum(1 for p in path.rglob("*") if p.suffix.lower() in (".txt", ".md"))
+        if texts:
+            notes.append(f"{texts} text files beside the rows are not trained on")
     digest = hashlib.sha256("".join(sha256_file(f) for f in files).encode()).hexdigest()
     shown = " + ".join(name for name, _ in layouts.most_common())
-    return Rows(rows, skipped, shown, tuple(str(f) for f in files), digest, seen)
+    return Rows(rows, skipped, shown, tuple(str(f) for f in files), digest, seen, tuple(notes))
+
+
+def _readable(file: Path, *, alone: bool) -> Iterator[Record | Skipped]:
+    """Its records; in a folder, a file that cannot be read as a whole is skipped like a row."""
+    try:
+        yield from read_records(file)
+    except DataError as error:
+        if alone:
+            raise
+        yield Skipped(str(file), " ".join(str(error.problem).removeprefix(str(file)).split()))
 
 
 def detect(value: Mapping[str, Any]) -> str | None:
@@ -158,6 +179,11 @@ def _by_layout(record: Record, layout: str) -> Row:
         if layout == "sharegpt" and isinstance(value.get("system"), str) and value["system"]:
             messages = (Message("system", value["system"]), *messages)
         tools = value.get("tools")
+        if isinstance(tools, str) and tools.strip():  # as some data sets store them
+            try:
+                tools = parse(tools)
+            except ValueError as error:
+                raise RowProblem(f"the column 'tools' is {error}") from None
         return Row(messages, None, record.source, tuple(tools) if isinstance(tools, list) else None)
     if layout == "alpaca":
         prompt = _text_of(value, "instruction")
@@ -173,6 +199,8 @@ def _by_layout(record: Record, layout: str) -> Row:
         parts[-1] = Message("user", parts[-1].content, kept)
         return Row((*parts, answer), None, record.source, instruction=True)
     if layout == "text":
+        if not isinstance(value.get("text"), str | None):
+            raise RowProblem("the column 'text' is not a text")
         text = _text_of(value, "text")
         if not text.strip():
             raise RowProblem("the text is empty")
@@ -234,7 +262,8 @@ def _message(item: Any, number: int) -> Message:
 def _text_of(value: Mapping[str, Any], name: str) -> str:
     found = value.get(name)
     if found is None:
-        raise RowProblem(f"no column {name!r} ({_columns(value)})")
+        why = f"the column {name!r} is null" if name in value else f"no column {name!r}"
+        raise RowProblem(f"{why} ({_columns(value)})")
     if isinstance(found, bool) or not isinstance(found, str | int | float):
         raise RowProblem(f"the column {name!r} is not a text")
     return str(found)
@@ -315,14 +344,13 @@ def _skip(skip: Skipped, skipped: list[Skipped], strict: bool) -> None:
 
 def _nothing(path: Path, skipped: list[Skipped], unknown: dict[str, Any] | None) -> None:
     if unknown is not None:
-        names = [str(k) for k in unknown if isinstance(unknown[k], str | int | float)]
-        first, last = (names[0], names[-1]) if len(names) > 1 else ("PROMPT", "ANSWER")
+        prompt, answer = _guess(unknown)
         raise DataError(
             f"{path}: the layout of these rows is not known",
             got=_columns(unknown),
             allowed="messages; conversations; instruction/input/output; prompt/completion; "
             "question/answer; text",
-            fix=f"tsugiki train {path} --columns prompt={first},answer={last}",
+            fix=f"tsugiki train {path} --columns 'prompt={prompt},answer={answer}'",
         )
     first_reason = f"{skipped[0].source}: {skipped[0].reason}" if skipped else "no rows"
     raise DataError(
@@ -330,3 +358,23 @@ def _nothing(path: Path, skipped: list[Skipped], unknown: dict[str, Any] | None)
         got=f"{len(skipped)} skipped; first: {first_reason}",
         fix=f"tsugiki data check {path}",
     )
+
+
+def _guess(value: Mapping[str, Any]) -> tuple[str, str]:
+    """The columns most likely meant as prompt and answer, for the command that is proposed."""
+    plain = [str(k) for k, v in value.items() if isinstance(v, str | int | float)]
+    texts = [k for k in plain if isinstance(value.get(k), str)]
+    prompt = _near(texts, ASKING) or next(iter(texts or plain), "PROMPT")
+    index = _near([k for k in plain if k != prompt], ("label", "answer_idx", "answerkey", "gold"))
+    if index is not None:
+        for name in value:
+            stem = str(name).rstrip("0123456789")
+            indexed = isinstance(value[name], list | dict) or f"{stem}{value[index]}" in value
+            if indexed and stem not in ("", index):
+                return prompt, f"{stem}[{index}]"
+    rest = [k for k in texts if k != prompt]
+    return prompt, _near(rest, ANSWERING) or (rest[-1] if rest else "ANSWER")
+
+
+def _near(names: list[str], wanted: tuple[str, ...]) -> str | None:
+    return next((n for w in wanted for n in names if w in n.lower()), None)

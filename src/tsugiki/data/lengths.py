@@ -59,52 +59,57 @@ def window(
     """Whole oldest turns go first, then the start of the last user text."""
     row = example.row
     assert row is not None
+    if example.single and train_on == "assistant":
+        train_on = "last"  # the answers before it have examples of their own
     messages = list(row.messages)
-    if example.labelled + 1 >= max_length:
-        answers = [m for m in messages if m.role == "assistant"]
-        if len(answers) <= 1:
-            return Skipped(
-                example.source,
-                f"the answer alone has {example.labelled} tokens, more than "
-                f"--max-length {max_length}",
-            )
-    while True:
-        shorter = drop_oldest(messages)
-        if shorter is None:
-            break
+    answers = [m for m in messages if m.role == "assistant"]
+    if len(answers) == 1 and train_on != "everything" and example.labelled >= max_length:
+        return Skipped(
+            example.source,
+            f"the answer alone has {example.labelled} tokens, more than --max-length {max_length}",
+        )
+    shorter = drop_oldest(messages)
+    while shorter is not None:
         messages = shorter
-        found = _try(row, messages, chat, train_on)
-        if found is not None and all(len(e.ids) <= max_length for e in found):
+        found = _try(row, messages, chat, train_on, example.single)
+        if found is not None and _fits(found, max_length):
             return found, "window"
-    return _cut_user(row, messages, max_length, chat, train_on)
+        shorter = drop_oldest(messages)
+    return _cut_user(example, messages, max_length, chat, train_on)
+
+
+def _fits(examples: list[Example], max_length: int) -> bool:
+    return all(len(e.ids) <= max_length for e in examples)
 
 
 def drop_oldest(messages: list[Message]) -> list[Message] | None:
     """The conversation without its oldest user turn and what answered it; None if one is left.
 
-    System turns stay.
+    System turns stay, also those between the turns that go.
     """
     starts = [i for i, m in enumerate(messages) if m.role == "user"]
     if len(starts) < 2:
         return None
-    return messages[: starts[0]] + messages[starts[1] :]
+    system = [m for m in messages[: starts[1]] if m.role == "system"]
+    return system + messages[starts[1] :]
 
 
 def _cut_user(
-    row: Row, messages: list[Message], max_length: int, chat: ChatFormat, train_on: str
+    example: Example, messages: list[Message], max_length: int, chat: ChatFormat, train_on: str
 ) -> tuple[list[Example], str] | Skipped:
+    row = example.row
+    assert row is not None
     place = max((i for i, m in enumerate(messages) if m.role == "user"), default=None)
     if place is None:
         return Skipped(row.source, f"longer than --max-length {max_length}, with nothing to drop")
-    text = messages[place].content
-    low, high = 1, len(text)  # characters dropped from the start; fewest that fit
+    low, high = 1, len(_droppable(messages[place])) - 1  # characters dropped; fewest that fit
     best: list[Example] | None = None
     while low <= high:
         middle = (low + high) // 2
         cut = [*messages]
-        cut[place] = Message("user", text[middle:])
-        found = _try(row, cut, chat, train_on)
-        if found is not None and all(len(e.ids) <= max_length for e in found):
+        cut[place] = _without_start(messages[place], middle)
+        found = _try(row, cut, chat, train_on, example.single)
+        if found is not None and _fits(found, max_length):
             best, high = found, middle - 1
         else:
             low = middle + 1
@@ -115,10 +120,29 @@ def _cut_user(
     return best, "window"
 
 
+def _droppable(message: Message) -> str:
+    """The text whose start may go: an instruction row's input, or the whole user text."""
+    return str(dict(message.extra).get("input") or message.content)
+
+
+def _without_start(message: Message, count: int) -> Message:
+    extra = dict(message.extra)
+    if not extra.get("input"):
+        return Message("user", message.content[count:])
+    rest = str(extra["input"])[count:]
+    kept = (("instruction", extra["instruction"]), ("input", rest))
+    return Message("user", f"{extra['instruction']}\n{rest}", kept)
+
+
 def _try(
-    row: Row, messages: list[Message], chat: ChatFormat, train_on: str
+    row: Row, messages: list[Message], chat: ChatFormat, train_on: str, single: bool
 ) -> list[Example] | None:
+    repairs = chat.repairs.copy()
     try:
-        return chat.examples(replace(row, messages=tuple(messages)), train_on)
+        found = chat.examples(replace(row, messages=tuple(messages)), train_on)
     except RowProblem:
         return None
+    finally:  # a row counts once among the repairs, however often it is tried
+        chat.repairs.clear()
+        chat.repairs.update(repairs)
+    return found[-1:] if single else found

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tsugiki.data.chat import Example
+from tsugiki.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,19 @@ class Loader:
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a saved place."""
-        self.epoch, self.position = state["epoch"], state["position"]
+        """Go on from a saved place.
+
+        Raises:
+            RunError: a place that these examples do not have.
+        """
+        epoch, position = state["epoch"], state["position"]
+        if epoch < 0 or not 0 <= position < len(self.examples):
+            raise RunError(
+                "the saved place does not lie in this data",
+                got=f"epoch {epoch}, example {position}",
+                allowed=f"examples 0 to {len(self.examples) - 1}",
+            )
+        self.epoch, self.position = epoch, position
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
