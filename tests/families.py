@@ -1,0 +1,62 @@
+"""Tiny models of the eight families, with logits that spread by about 2, for the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 16},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 16},
+    "gemma3": {"sliding_window": 16, "query_pre_attn_scalar": 16},
+    "phi3": {},
+    "gpt2": {},
+}
+MODEL_TYPES = {"gemma3": "gemma3_text"}
+
+
+def tiny_config(family: str, vocab: int = 320) -> Any:
+    """A config of 3 layers of width 64; special ids inside the vocabulary."""
+    common: dict[str, Any] = {"vocab_size": vocab, "bos_token_id": 0, "eos_token_id": 1}
+    if family == "gpt2":
+        shape = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256}
+    else:
+        shape = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 256,
+            "pad_token_id": 0,
+        }
+    name = MODEL_TYPES.get(family, family)
+    return AutoConfig.for_model(name, **{**common, **shape, **FAMILIES[family]})
+
+
+def tiny_model(family: str, seed: int = 0, vocab: int = 320) -> nn.Module:
+    """Random weights, matrices drawn N(0, 0.25²) at width 64; eval mode, fp32."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(family, vocab)).eval()
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, 0.0, 0.25)
+    return model
+
+
+def save_tiny(
+    family: str, folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **kwargs: Any
+) -> Path:
+    """A model folder as from the Hub."""
+    tiny_model(family, seed, len(tokenizer)).save_pretrained(folder, **kwargs)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,194 @@
+"""PEFT reads our adapters and we read PEFT's, for eight families, with an effect that shows."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from families import FAMILIES, tiny_model
+from torch import nn
+
+from tsugiki.adapters.attach import attach, detach, lora_modules
+from tsugiki.adapters.storage import BaseIdentity, load_adapter, save_adapter
+from tsugiki.config import LoraConfig
+from tsugiki.errors import AdapterError
+from tsugiki.kernels.batch import ForwardBatch
+from tsugiki.models.flat import flat_forward, solo_forward, use_flat_attention
+
+LENGTHS = (23, 40, 9)
+
+
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return flat_forward(model, ids, ForwardBatch(LENGTHS))
+
+
+def draw_b(model: nn.Module, width: float = 0.2) -> None:
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for _, module in lora_modules(model):
+            module.lora_B.copy_(torch.randn(module.lora_B.shape, generator=generator) * width)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_ways(family: str, tmp_path: Path) -> None:
+    plain = tiny_model(family)
+    ours = copy.deepcopy(plain)
+    use_flat_attention(ours)
+    ids = torch.randint(0, 320, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(1))
+    base = logits(ours, ids)
+    attach(ours, LoraConfig(r=8, alpha=24))
+    assert torch.equal(logits(ours, ids), base), "B = 0 is the base"
+    width = 0.2
+    while True:  # until the adapter moves the logits by at least their own spread
+        draw_b(ours, width)
+        adapted = logits(ours, ids)
+        effect = float((adapted - base).pow(2).mean().sqrt())
+        if effect >= float(base.std()):
+            break
+        width *= 1.5
+    save_adapter(ours, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours").eval()
+    with torch.no_grad():
+        in_peft = solo_forward(theirs, ids, LENGTHS)
+    assert float((in_peft - adapted).abs().max()) <= 2e-5 * effect
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    detach(ours)
+    assert torch.equal(logits(ours, ids), base), "detached is the base"
+    info = load_adapter(ours, tmp_path / "theirs")
+    assert not info.verified
+    assert "base not verified" in info.notes[0]
+    assert float((logits(ours, ids) - in_peft).abs().max()) <= 2e-5 * effect
+
+
+def test_peft_patterns_and_rslora(tmp_path: Path) -> None:
+    plain = tiny_model("llama")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], use_rslora=True,
+        rank_pattern={"down_proj": 2}, alpha_pattern={"layers.1.self_attn.q_proj": 3},
+        init_lora_weights=False, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    theirs = peft.get_peft_model(copy.deepcopy(plain), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ids = torch.randint(0, 320, (1, sum(LENGTHS)))
+    with torch.no_grad():
+        expected = solo_forward(theirs, ids, LENGTHS)
+    ours = copy.deepcopy(plain)
+    load_adapter(ours, tmp_path / "theirs")
+    use_flat_attention(ours)
+    assert float((logits(ours, ids) - expected).abs().max()) <= 1e-4
+
+
+IDENTITY = BaseIdentity("me/base", "a" * 64, "b" * 64, dtype="float32")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[nn.Module, Path]:
+    model = tiny_model("llama")
+    attach(model, LoraConfig(r=4, targets="standard"))
+    draw_b(model)
+    save_adapter(model, tmp_path / "a", base=IDENTITY, training_info={"rows": 3})
+    detach(model)
+    return model, tmp_path / "a"
+
+
+def rewrite(folder: Path, change) -> None:  # type: ignore[no-untyped-def]
+    """Change the tensors and make the recorded digest fit again, as a careful liar would."""
+    import hashlib
+
+    from safetensors.torch import load_file, save
+
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    content = save(tensors, metadata={"format": "pt"})
+    path.write_bytes(content)
+    record = json.loads((folder / "tsugiki.json").read_text())
+    record["weights_sha256"] = hashlib.sha256(content).hexdigest()
+    (folder / "tsugiki.json").write_text(json.dumps(record))
+
+
+Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: [t.pop(k) for k in list(t) if "layers.1.self_attn.q_proj" in k], "missing"),
+        (lambda t: t.pop(Q), "missing"),
+        (lambda t: t.update({Q: t[Q][:2].clone()}), "shape"),
+        (lambda t: t[Q].fill_(float("nan")), "NaN"),
+        (lambda t: t[Q].fill_(float("inf")), "NaN or inf"),
+        (lambda t: t.update({Q: t[Q].int()}), "not a floating type"),
+        (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2, 2)}), "lm_head"),
+        (lambda t: t.update({Q.replace("layers.1", "layers.9"): t[Q].clone()}), "layers.9"),
+        (lambda t: t.clear(), "missing"),
+    ],
+)
+def test_damaged_adapters_are_refused(saved, change, said: str) -> None:  # type: ignore[no-untyped-def]
+    model, folder = saved
+    rewrite(folder, change)
+    with pytest.raises(AdapterError, match=said):
+        load_adapter(model, folder, base=IDENTITY)
+    assert next(lora_modules(model), None) is None, "the model is untouched"
+
+
+def test_the_base_is_known_by_its_tensors(saved) -> None:  # type: ignore[no-untyped-def]
+    model, folder = saved
+    other = BaseIdentity("me/other", "c" * 64, "d" * 64, dtype="float32")
+    with pytest.raises(AdapterError, match="another base"):
+        load_adapter(model, folder, base=other)
+    half = BaseIdentity("me/base", "c" * 64, "b" * 64, dtype="bfloat16")
+    with pytest.raises(AdapterError, match="another type"):
+        load_adapter(model, folder, base=half)
+    info = load_adapter(model, folder, base=half, accept_base=True)
+    assert not info.verified
+    assert "accepted" in info.notes[0]
+    detach(model)
+    assert load_adapter(model, folder, base=IDENTITY).verified
+
+
+def test_changed_weights_are_seen(saved) -> None:  # type: ignore[no-untyped-def]
+    model, folder = saved
+    path = folder / "adapter_model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-3] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(AdapterError, match="not the file that was saved"):
+        load_adapter(model, folder, base=IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("lora_alpha", None, "lora_alpha"),
+        ("use_dora", True, "use_dora"),
+        ("modules_to_save", ["lm_head"], "modules_to_save"),
+        ("bias", "all", "bias"),
+        ("peft_type", "IA3", "only LoRA"),
+        ("r", 0, "at least 1"),
+    ],
+)
+def test_foreign_configs_that_cannot_be_honoured(saved, key: str, value, said: str) -> None:  # type: ignore[no-untyped-def]
+    model, folder = saved
+    (folder / "tsugiki.json").unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if value is None:
+        config["alpha"] = config.pop(key)
+    else:
+        config[key] = value
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match=said):
+        load_adapter(model, folder)
+
+
+def test_pickled_adapters_are_not_read(saved) -> None:  # type: ignore[no-untyped-def]
+    model, folder = saved
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(AdapterError, match="pickled"):
+        load_adapter(model, folder)

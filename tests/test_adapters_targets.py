@@ -1,0 +1,86 @@
+"""Targets: the guide's counts, names that match nothing, and what cannot be adapted."""
+
+from __future__ import annotations
+
+import pytest
+from families import tiny_model
+from torch import nn
+from transformers import AutoConfig
+
+from tsugiki.adapters.attach import attach, detach
+from tsugiki.adapters.targets import resolve_targets
+from tsugiki.config import LoraConfig
+from tsugiki.errors import AdapterError
+from tsugiki.models.spec import ModelSpec
+
+GPT2_MEDIUM = AutoConfig.for_model("gpt2", n_embd=1024, n_layer=24, n_head=16, vocab_size=32000)
+GPT2 = AutoConfig.for_model("gpt2")
+LLAMA_7B = AutoConfig.for_model("llama")
+GEMMA3_1B = AutoConfig.for_model(
+    "gemma3_text", vocab_size=262144, hidden_size=1152, intermediate_size=6912,
+    num_hidden_layers=26, num_attention_heads=4, num_key_value_heads=1, head_dim=256,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "targets", "r", "count"),
+    [
+        (GPT2_MEDIUM, ["c_attn", "c_proj"], 8, 2_162_688),
+        (GPT2_MEDIUM, ["attn.c_attn", "attn.c_proj"], 8, 1_179_648),
+        (GPT2, ["attn.c_attn", "attn.c_proj"], 8, 442_368),
+        (LLAMA_7B, "minimal", 8, 4_194_304),
+        (LLAMA_7B, "all-linear", 16, 39_976_960),
+        (GEMMA3_1B, "all-linear", 16, 13_045_760),
+        (GEMMA3_1B, ["layers.0.self_attn.q_proj"], 16, 34_816),
+    ],
+)
+def test_the_guides_counts(config, targets, r: int, count: int) -> None:  # type: ignore[no-untyped-def]
+    found = resolve_targets(ModelSpec.from_config(config).meta_model(), targets)
+    assert sum(t.count(r) for t in found) == count
+
+
+def test_parameters_of_whole_models() -> None:
+    assert ModelSpec.from_config(GPT2).parameters == 124_439_808
+    assert ModelSpec.from_config(GEMMA3_1B).parameters == 999_885_952
+
+
+def test_gemma_3_1b_shapes() -> None:
+    model = ModelSpec.from_config(GEMMA3_1B).meta_model()
+    shapes = {t.path.rsplit(".")[-1]: (t.in_features, t.out_features) for t in resolve_targets(model, "standard")}  # noqa: E501
+    assert shapes == {
+        "q_proj": (1152, 1024), "k_proj": (1152, 256), "v_proj": (1152, 256), "o_proj": (1024, 1152),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["q_proj", "v_porj"], "v_porj.*did you mean v_proj"),
+        (["lm_head"], "output head"),
+        (["embed_tokens"], "not a linear projection"),
+        (["proj"], "no module of that name"),
+        ([], "no target"),
+    ],
+)
+def test_wrong_names_are_refused_even_beside_right_ones(names: list[str], said: str) -> None:
+    with pytest.raises(AdapterError, match=said):
+        resolve_targets(tiny_model("llama"), names)
+
+
+def test_surgery_says_what_it_changed_and_can_be_undone() -> None:
+    model = tiny_model("gpt2")
+    before = {name: id(module) for name, module in model.named_modules()}
+    attached = attach(model, LoraConfig(r=2, targets=("attn.c_attn",)))
+    assert [t.path for t in attached.targets] == [f"transformer.h.{i}.attn.c_attn" for i in range(3)]
+    assert attached.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    with pytest.raises(AdapterError, match="already"):
+        attach(model, LoraConfig())
+    assert detach(model) == [t.path for t in attached.targets]
+    assert {name: id(module) for name, module in model.named_modules()} == before
+
+
+def test_any_module_can_be_adapted() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    attached = attach(model, LoraConfig(r=1, targets=("2",)))
+    assert [t.path for t in attached.targets] == ["2"]
+    assert attached.trainable == 10
