@@ -134,7 +134,7 @@ def rows(
                     {"role": "assistant", "content": answer},
                 ]
             }
-        )  # noqa: E501
+        )
     return made
 
 

@@ -174,7 +174,7 @@ SEPARATORS = [
 ]
 FIELDS_EN = (
     "name place thing colour number city owner tool animal food title code shape sound".split()
-)  # noqa: E501
+)
 FIELDS_JA = "名前 場所 物 色 数 町 持ち主 道具 動物 食べ物 題名 番号 形 音".split()
 STORY_EN = {
     "name": ["{} came early", "there was someone called {}", "everyone knew {}", "{} smiled"],
@@ -288,7 +288,7 @@ def extract(w: Words, ja: bool) -> Turns:
         ]
         if len(wanted) == 1
         else _formatted(w, ja, joined, wanted, values)
-    )  # noqa: E501
+    )
 
 
 def _question(rng: random.Random, ja: bool, story: str, wanted: list[str]) -> tuple[str]:

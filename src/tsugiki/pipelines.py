@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tsugiki import supervise
 from tsugiki.adapters.targets import resolve_targets
-from tsugiki.config import RunConfig
+from tsugiki.config import RunConfig, Section
 from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import Prepared, prepare
 from tsugiki.data.formats import Rows, read_rows
@@ -122,8 +122,25 @@ def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) 
     )
     show_rows(rows, prepared, tokenizer, terminal)
     trainable = count_trainable(config, spec)
-    plan = make_plan(config, spec, facts_of(prepared), decisions, trainable=trainable)
+    stored = config.model_copy(update=absolute_paths(config))
+    plan = make_plan(stored, spec, facts_of(prepared), decisions, trainable=trainable)
     return Session(resolved, tokenizer, chat, spec, prepared, decisions, plan)
+
+
+def absolute_paths(config: RunConfig) -> dict[str, Section]:
+    """Sections whose local paths hold from any folder, so that a resume finds them again."""
+    data, name = config.data, config.model.name
+    paths = {
+        key: value.absolute()
+        for key, value in (("path", data.path), ("eval_data", data.eval_data))
+        if value is not None
+    }
+    if name is not None and Path(name).expanduser().is_dir():
+        name = str(Path(name).expanduser().absolute())
+    return {
+        "data": data.model_copy(update=paths),
+        "model": config.model.model_copy(update={"name": name}),
+    }
 
 
 def find_data(config: RunConfig) -> Path:

@@ -96,6 +96,17 @@ def place(
         _set(model, path, module)
 
 
+def training_mode(model: nn.Module, on: bool) -> None:
+    """Dropout on or off: the adapter's alone where there is one, else the model's own.
+
+    A frozen base is a fixed function; its own dropout (GPT-2's) would only blur it.
+    """
+    adapted = [module for _, module in lora_modules(model)]
+    model.train(on and not adapted)
+    for module in adapted:
+        module.training = on
+
+
 def detach(model: nn.Module) -> list[str]:
     """Put the plain projections back; returns their paths."""
     found = list(lora_modules(model))

@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from tsugiki.adapters.attach import attach
+from tsugiki.adapters.attach import attach, training_mode
 from tsugiki.config import RunConfig
 from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import Prepared
@@ -182,8 +182,8 @@ def train(
             yield from sample()
             yield save()
         stopped_by = "all steps done"
-        model.train()
         while progress.step < total_steps:
+            training_mode(model, True)
             step = progress.step + 1
             data = next(loader)
             rate = learning_rate(
@@ -247,7 +247,6 @@ def train(
                     last = True
             if step == total_steps // 2 and not last:
                 yield from sample()
-            model.train()
             if last or step % (settings.save_every or total_steps) == 0 or signals.received:
                 yield save()
             if last:
@@ -259,7 +258,7 @@ def train(
                     signals.received,
                     f"tsugiki train --resume {folder}",
                 )
-        model.eval()
+        training_mode(model, False)
         if not prepared.held_out:
             progress.best_step = progress.step
             keep(progress.step)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tsugiki.adapters.attach import training_mode
 from tsugiki.data.chat import IGNORED, Example
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.models.load import Base
@@ -49,16 +50,14 @@ def summed_loss(base: Base, examples: Sequence[Example]) -> tuple[Tensor, int]:
 
 
 def held_out_loss(base: Base, examples: Sequence[Example]) -> float:
-    """Mean nats per labelled token, without dropout, without touching the training state."""
-    was_training = base.model.training
-    base.model.eval()
+    """Mean nats per labelled token, without dropout; leaves the model in evaluation mode."""
+    training_mode(base.model, False)
     total, count = 0.0, 0
     with torch.no_grad():
         for group in by_tokens(examples, EVAL_TOKENS):
             loss, labels = summed_loss(base, group)
             total += float(loss)
             count += labels
-    base.model.train(was_training)
     return total / max(1, count)
 
 

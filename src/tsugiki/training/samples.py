@@ -1,6 +1,6 @@
 """Answers to fixed prompts while a run goes, so that the change can be read. Greedy.
 
-Knows the engine; the training state is left as it was.
+Knows the engine; the model is left in evaluation mode.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from tsugiki.adapters.attach import training_mode
 from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import Prepared
 from tsugiki.data.formats import Message
@@ -62,8 +63,7 @@ def answer_all(
     prompts: list[Prompt],
 ) -> list[tuple[str, str]]:
     """(prompt, answer) of each prompt, greedy, at most 64 tokens."""
-    was_training = base.model.training
-    base.model.eval()
+    training_mode(base.model, False)
     requests = []
     for _, turns, ids in prompts:
         tokens = list(ids) if ids is not None else chat.prompt_ids(turns or ())
@@ -78,5 +78,4 @@ def answer_all(
         )
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         done = Engine(base).complete(requests)
-    base.model.train(was_training)
     return [(shown, c.text) for (shown, _, _), c in zip(prompts, done, strict=True)]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from tsugiki.adapters.attach import lora_modules
+from tsugiki.adapters.attach import lora_modules, training_mode
 from tsugiki.data.loader import Loader
 from tsugiki.errors import AdapterError, DataError, NonFiniteError, UsageError
 from tsugiki.kernels.batch import ForwardBatch
@@ -69,8 +69,7 @@ def train(
         examples, micro_batch=batch_size, accumulation=gradient_accumulation_steps, seed=seed
     )
     device = next(model.parameters()).device
-    was_training = model.training
-    model.train()
+    training_mode(model, True)
     losses = []
     for step in range(1, steps + 1):
         passes = next(loader).passes
@@ -90,7 +89,7 @@ def train(
         clip(trained, norm, max_grad_norm)
         optimizer.step()
         losses.append(total)
-    model.train(was_training)
+    training_mode(model, False)
     return losses
 
 
