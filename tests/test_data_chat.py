@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ THINKING = (
     "{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+THOUGHT = "<think>\n\n</think>\n\n"
 # No system role, roles must alternate, BOS in the template (Gemma).
 ALTERNATING = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}"
@@ -43,7 +43,7 @@ INST = (
 # Ends answers with nothing at all.
 ENDLESS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 TEMPLATES = {
-    "chatml": CHATML, "thinking": THINKING, "alternating": ALTERNATING, "inst": INST,
+    "plainly": CHATML, "thinking": THINKING, "alternating": ALTERNATING, "inst": INST,
     "endless": ENDLESS,
 }  # fmt: skip
 
@@ -85,9 +85,8 @@ def trained(example: Example, chat: ChatFormat) -> list[str]:
 @pytest.mark.parametrize(
     ("template", "spans", "stop"),
     [
-        ("chatml", [["1<|im_end|>", "2<|im_end|>"]], "<|im_end|>"),
-        ("thinking", [["<think>\n\n</think>\n\n1<|im_end|>"], ["<think>\n\n</think>\n\n2<|im_end|>"]],
-         "<|im_end|>"),
+        ("plainly", [["1<|im_end|>", "2<|im_end|>"]], "<|im_end|>"),
+        ("thinking", [[THOUGHT + "1<|im_end|>"], [THOUGHT + "2<|im_end|>"]], "<|im_end|>"),
         ("alternating", [["1<|im_end|>", "2<|im_end|>"]], "<|im_end|>"),
         ("inst", [[" 1 </s>", " 2 </s>"]], "</s>"),
         ("endless", [["assistant: 1\n</s>"], ["assistant: 2\n</s>"]], "</s>"),
@@ -141,8 +140,7 @@ def test_random_dialogues_are_labelled_or_refused(template: str) -> None:
         ]  # fmt: skip
         try:
             examples = chat.examples(row(*talk), draw.choice(["assistant", "last", "everything"]))
-        except RowProblem as problem:
-            assert str(problem)
+        except RowProblem:
             continue
         done += 1
         for example in examples:
@@ -151,7 +149,7 @@ def test_random_dialogues_are_labelled_or_refused(template: str) -> None:
             assert all(
                 label in (IGNORED, i) for i, label in zip(example.ids, example.labels, strict=True)
             )
-    assert done > 20
+    assert done > 10
 
 
 def test_everything_trains_all_but_the_first_token() -> None:
@@ -186,8 +184,9 @@ def test_answers_in_a_row_are_joined_where_the_template_cannot_prove_them() -> N
 
 def test_tool_calls_and_tools_reach_the_template() -> None:
     template = (
-        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}"
-        "\n{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|im_end|>\n"
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     chat = ChatFormat.of(tiny_tokenizer(template))
@@ -264,19 +263,8 @@ HOSTILE = {
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_template_is_refused_soon(kind: str) -> None:
     tokenizer = tiny_tokenizer(HOSTILE[kind] or "{# #}")
-    begin = time.process_time()
-    refused = False
-    try:
-        chat = ChatFormat.of(tokenizer)
-        told = "".join(chat.tokenizer.decode(e.ids) for e in chat.examples(row(*TALK)))
-    except (DataError, RowProblem) as error:
-        refused = True
-        assert "chat template" in str(error) or "no tokens" in str(error) or "stop" in str(error)
-    else:
-        assert "uid=" not in told
-        assert "root:" not in told
-    assert refused or kind in ("format",)
-    assert time.process_time() - begin < 60  # ended at all; the limit itself is tested below
+    with pytest.raises((DataError, RowProblem)):
+        ChatFormat.of(tokenizer).examples(row(*TALK))
 
 
 def test_a_render_is_stopped_and_the_next_one_runs() -> None:
@@ -314,7 +302,7 @@ def long_talk(chat: ChatFormat) -> Example:
     return chat.examples(talk)[-1]
 
 
-@pytest.mark.parametrize("template", ["chatml", "thinking"])
+@pytest.mark.parametrize("template", ["plainly", "thinking"])
 def test_window_drops_the_oldest_turns_then_the_start_of_the_last_user_text(template: str) -> None:
     chat = of(template)
     example = long_talk(chat)

@@ -35,6 +35,12 @@ def clean(raw: bytes | str) -> str:
     """The work's own text, without marks, header and colophon; doing it twice changes nothing."""
     text = raw if isinstance(raw, str) else (_decode(raw) or "")
     text = text.replace("\r\n", "\n").replace("\r", "\n").lstrip("\ufeff")
+    while (cleaned := _without_marks(text)) != text:  # a mark may uncover another; each pass cuts
+        text = cleaned
+    return text
+
+
+def _without_marks(text: str) -> str:
     header = _header(text)
     if header is not None:
         text = text[: header[0]] + text[header[1] :]
