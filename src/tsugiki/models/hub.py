@@ -107,14 +107,12 @@ def _download(name: str, revision: str | None) -> ResolvedModel:
             else type(error).__name__,
             fix="run the same command again: it goes on where it stopped",
         ) from None
-    except Exception as error:
-        if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests"):
-            raise HubError(
-                f"no connection to the Hub while fetching {name}",
-                got=type(error).__name__,
-                fix="check the network and run the same command again: it goes on where it stopped",
-            ) from None
-        raise
+    except Exception as error:  # the client's transport and parsing errors are of many types
+        raise HubError(
+            f"the Hub could not be reached, or its answer for {name} could not be read",
+            got=f"{type(error).__name__}: {str(error).strip()[:160]}",
+            fix="check the network and run the same command again: it goes on where it stopped",
+        ) from None
     path = Path(folder)
     return ResolvedModel(path, name, path.name if re.fullmatch("[0-9a-f]{40}", path.name) else None)
 

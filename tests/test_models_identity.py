@@ -1,0 +1,113 @@
+"""A base is known by its tensors, whatever its files look like; documents never mix unseen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, save_tiny, tiny_config, tiny_model
+from safetensors.torch import load_file, save_file
+from tokenizers_for_tests import tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tsugiki.models.fingerprint import Fingerprint, fingerprint_folder
+from tsugiki.models.isolation import probe_isolation
+from tsugiki.models.spec import ModelSpec
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TSUGIKI_CACHE", str(tmp_path / "cache"))
+
+
+def identity(folder: Path) -> Fingerprint:
+    return fingerprint_folder(folder, ModelSpec.from_folder(folder).meta_model())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_one_base_has_one_fingerprint(family: str, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    first = save_tiny(family, tmp_path / "first", tokenizer)
+    expected = identity(first)
+    sharded = save_tiny(family, tmp_path / "sharded", tokenizer, max_shard_size="100KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    assert identity(sharded) == expected
+    again = tmp_path / "again"
+    AutoModelForCausalLM.from_pretrained(first).save_pretrained(again)
+    assert identity(again) == expected
+
+    tensors = load_file(first / "model.safetensors")
+    if family == "gpt2":  # the Hub's form: no prefix, with buffers
+        tensors = {k.removeprefix("transformer."): v for k, v in tensors.items()}
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+    if "lm_head.weight" not in tensors and family != "llama":  # a stored tied head
+        embedding = "wte.weight" if family == "gpt2" else "model.embed_tokens.weight"
+        tensors["lm_head.weight"] = tensors[embedding].clone()
+    save_file(tensors, first / "model.safetensors", metadata={"format": "pt"})
+    assert identity(first) == expected
+
+    half = {k: v.bfloat16() for k, v in tensors.items()}
+    save_file(half, first / "model.safetensors", metadata={"format": "pt"})
+    other = identity(first)
+    assert other.exact != expected.exact
+    assert other.rounded == expected.rounded
+
+    name = next(k for k in tensors if tensors[k].dim() == 2)
+    tensors[name][0, 0] += 1
+    save_file(tensors, first / "model.safetensors", metadata={"format": "pt"})
+    assert identity(first).rounded != expected.rounded
+
+
+def test_the_cache_is_only_for_the_same_files(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "m", tiny_tokenizer())
+    first = identity(folder)
+    assert identity(folder) == first
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert identity(folder) != first
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_eight_families_run_flat(family: str) -> None:
+    assert probe_isolation(tiny_config(family)).holds
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 320,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "extra"),
+    [
+        ("stablelm", {}),  # drops unknown keyword arguments
+        ("falcon", {}),  # never calls the attention interface
+        ("bloom", {"n_head": 4}),
+        ("mamba", {}),
+        ("phi3", {"max_position_embeddings": 8192, "original_max_position_embeddings": 4096,
+                  "rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 8,
+                                      "long_factor": [4.0] * 8, "rope_theta": 1e4, "factor": 2.0,
+                                      "original_max_position_embeddings": 4096}}),
+        ("llama", {"max_position_embeddings": 2048,
+                   "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
+    ],
+)  # fmt: skip
+def test_models_that_mix_documents_are_found(model_type: str, extra: dict) -> None:  # type: ignore[type-arg]
+    found = probe_isolation(AutoConfig.for_model(model_type, **{**SMALL, **extra}))
+    assert not found.holds
+    assert found.reason
+
+
+def test_sliding_windows_longer_than_the_probe_are_cut() -> None:
+    config = tiny_config("mistral")
+    config.sliding_window = 4096
+    assert probe_isolation(config).holds
+    assert config.sliding_window == 4096, "the argument is not changed"
+
+
+def test_logits_of_fixtures_spread() -> None:
+    ids = torch.randint(0, 320, (1, 60))
+    for family in FAMILIES:
+        with torch.no_grad():
+            assert float(tiny_model(family)(ids).logits.std()) > 1.5, family

@@ -1,0 +1,191 @@
+"""What a model folder or the Hub may do wrong: one clear message each, and nothing run."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from families import save_tiny
+from tokenizers_for_tests import CHATML, tiny_tokenizer
+
+from tsugiki.errors import ModelError
+from tsugiki.models.load import load_base, resolve_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_tiny("llama", tmp_path / "model", tiny_tokenizer(CHATML))
+
+
+def load(folder: Path) -> None:
+    load_base(resolve_model(str(folder)))
+
+
+def test_a_good_folder_loads_frozen_and_without_any_connection(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import socket
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    base = load_base(resolve_model(str(folder)))
+    assert base.flat
+    assert not any(p.requires_grad for p in base.model.parameters())
+
+
+def drop_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def pickle_only(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"w": torch.ones(1)}, folder / "pytorch_model.bin")
+
+
+def own_code(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "evil.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text("open('FIRED', 'w')")
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lying_header(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 62) + path.read_bytes()[8:])
+
+
+def missing_tensor(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def unknown_architecture(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "llamma"}')
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (drop_tokenizer, "has no tokenizer"),
+        (pickle_only, "only pickled weights"),
+        (own_code, "its own Python code"),
+        (truncate, "not a whole safetensors file"),
+        (lying_header, "header claims"),
+        (missing_tensor, "layers.1.mlp.up_proj"),
+        (broken_config, "cannot be read"),
+        (unknown_architecture, "llamma"),
+    ],
+)
+def test_bad_folders(folder: Path, damage, said: str) -> None:  # type: ignore[no-untyped-def]
+    damage(folder)
+    with pytest.raises(ModelError, match=said):
+        load(folder)
+    assert not Path("FIRED").exists()
+
+
+def test_names_that_are_nothing(folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"did you mean .*model"):
+        resolve_model(str(folder.parent / "modle"))
+    with pytest.raises(ModelError, match="is a file"):
+        resolve_model(str(folder / "config.json"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[tuple[int, Path]]:
+    for user in ("good", "gated", "private", "cut", "huge"):
+        save_tiny("llama", tmp_path / "hub" / user / "tiny", tiny_tokenizer(CHATML))
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).parent / "hub_server.py"), str(tmp_path / "hub")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout is not None
+    yield int(server.stdout.readline()), tmp_path
+    server.kill()
+    server.communicate()
+
+
+CODE = """
+import sys
+from tsugiki.errors import TsugikiError
+from tsugiki.models.hub import resolve_model
+try:
+    found = resolve_model(sys.argv[1])
+    print("FOUND", found.commit, sorted(p.name for p in found.folder.iterdir()))
+except TsugikiError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+def ask(hub: tuple[int, Path], name: str) -> tuple[int, str]:
+    port, folder = hub
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+        "HF_HUB_ETAG_TIMEOUT": "5",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, name],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout
+
+
+def test_the_hub(hub: tuple[int, Path]) -> None:
+    code, said = ask(hub, "good/tiny")
+    assert code == 0, said
+    assert "0123456789abcdef0123456789abcdef01234567" in said
+    assert "model.safetensors" in said
+
+    code, said = ask(hub, "good/tinny")
+    assert code != 0
+    assert "no model good/tinny" in said
+    assert "good/tiny" in said, "near names"
+
+    for name in ("gated/tiny", "private/tiny"):
+        code, said = ask(hub, name)
+        assert code != 0
+        assert "hf auth login" in said
+        assert f"https://huggingface.co/{name}" in said
+
+    code, said = ask(hub, "huge/tiny")
+    assert code != 0
+    assert "too little disk space" in said
+
+    code, said = ask(hub, "cut/tiny")
+    if code != 0:  # the client gave up: it must say so, and the next run goes on
+        assert "goes on where it stopped" in said
+        code, said = ask(hub, "cut/tiny")
+    assert code == 0, said
+
+    code, said = ask((1, hub[1]), "good/other")
+    assert code != 0
+    assert "Hub" in said
