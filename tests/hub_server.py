@@ -41,8 +41,13 @@ class Hub(BaseHTTPRequestHandler):
         url = urlparse(self.path)
         parts = url.path.strip("/").split("/")
         if url.path == "/api/models":
-            word = parse_qs(url.query).get("search", [""])[0][:4]
-            near = [p for p in self.root.glob("*/*") if word in p.name]
+            query = parse_qs(url.query)
+            word, author = query.get("search", [""])[0], query.get("author", [""])[0]
+            near = [
+                p
+                for p in sorted(self.root.glob("*/*"))
+                if word in p.name and author in ("", p.parent.name)
+            ]
             body = [{"id": f"{p.parent.name}/{p.name}", "modelId": p.name} for p in near]
             return self.reply(200, json.dumps(body).encode(), Content_Type="application/json")
         if parts[:2] == ["api", "models"] and "tree" in parts:

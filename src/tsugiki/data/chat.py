@@ -160,7 +160,7 @@ class ChatFormat:
 
     def encode(self, text: str) -> list[int]:
         """Rendered text → ids, no special tokens added."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     def prompt_ids(

@@ -68,30 +68,35 @@ def window(
             example.source,
             f"the answer alone has {example.labelled} tokens, more than --max-length {max_length}",
         )
-    shorter = drop_oldest(messages)
-    while shorter is not None:
-        messages = shorter
-        found = _try(row, messages, chat, train_on, example.single)
+    shorter = _beginnings(messages)
+    low, high = 0, len(shorter) - 1  # the fewest dropped turns that fit
+    best: list[Example] | None = None
+    while low <= high:
+        middle = (low + high) // 2
+        found = _try(row, shorter[middle], chat, train_on, example.single)
         if found is not None and _fits(found, max_length):
-            return found, "window"
-        shorter = drop_oldest(messages)
-    return _cut_user(example, messages, max_length, chat, train_on)
+            best, high = found, middle - 1
+        else:
+            low = middle + 1
+    if best is not None:
+        return best, "window"
+    return _cut_user(example, shorter[-1] if shorter else messages, max_length, chat, train_on)
 
 
 def _fits(examples: list[Example], max_length: int) -> bool:
     return all(len(e.ids) <= max_length for e in examples)
 
 
-def drop_oldest(messages: list[Message]) -> list[Message] | None:
-    """The conversation without its oldest user turn and what answered it; None if one is left.
+def _beginnings(messages: list[Message]) -> list[list[Message]]:
+    """The conversation without its first user turn and what answered it, without two, and so on.
 
-    System turns stay, also those between the turns that go.
+    The last user turn always stays, and so do system turns.
     """
     starts = [i for i, m in enumerate(messages) if m.role == "user"]
-    if len(starts) < 2:
-        return None
-    system = [m for m in messages[: starts[1]] if m.role == "system"]
-    return system + messages[starts[1] :]
+    return [
+        [m for m in messages[:start] if m.role == "system"] + messages[start:]
+        for start in starts[1:]
+    ]
 
 
 def _cut_user(

@@ -5,6 +5,7 @@ Contacts the Hub (or HF_ENDPOINT) only for a Hub name, and nothing for a folder.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from dataclasses import dataclass
@@ -148,8 +149,12 @@ def _not_found(name: str) -> HubError:
     try:
         from huggingface_hub import HfApi
 
-        found = HfApi().list_models(search=name.split("/")[-1], limit=3)
-        near = [model.id for model in found]
+        user, short = name.split("/")
+        found = [
+            *HfApi().list_models(author=user, limit=100),
+            *HfApi().list_models(search=short[: max(3, len(short) // 2)], limit=30),
+        ]
+        near = difflib.get_close_matches(name, {model.id for model in found}, n=3, cutoff=0.5)
     except Exception:
         near = []  # the search only helps the message
     return HubError(
