@@ -132,7 +132,7 @@ def test_random_dialogues_are_labelled_or_refused(template: str) -> None:
         "1",
     ]
     done = 0
-    for _ in range(150):
+    for _ in range(560):  # 5,040 over all formats
         talk = [
             Message(draw.choice(["user", "user", "assistant", "assistant", "system", "tool"]),
                     "".join(draw.choices(words, k=draw.randint(1, 5))))
@@ -149,7 +149,7 @@ def test_random_dialogues_are_labelled_or_refused(template: str) -> None:
             assert all(
                 label in (IGNORED, i) for i, label in zip(example.ids, example.labels, strict=True)
             )
-    assert done > 10
+    assert done > 40
 
 
 def test_everything_trains_all_but_the_first_token() -> None:

@@ -92,7 +92,7 @@ def test_held_out_rows_of_their_own() -> None:
     theirs = rows_of(pair("q1", "a"), pair("new", "b"), skipped=(Skipped("b.jsonl:3", "broken"),))
     found = prepare(ours, chat_of(), max_length=99, eval_rows=theirs)
     assert (len(found.train), len(found.held_out)) == (40, 2)
-    assert "1 prompts of --eval-data are in the training rows too" in found.notes
+    assert "prompts of --eval-data that are in the training rows too: 1" in found.notes
     assert found.skipped == (Skipped("b.jsonl:3", "broken"),)
 
 
@@ -107,7 +107,7 @@ def test_duplicates_are_named_and_counts_are_exact() -> None:
     found = prepare(
         rows_of(*rows, skipped=(Skipped("a.jsonl:9", "not valid JSON"),)), chat_of(), max_length=60
     )
-    assert found.notes[1] == "1 duplicates, all kept: a.jsonl:3 repeats a.jsonl:1"
+    assert found.notes[1] == "1 duplicate, kept: a.jsonl:3 repeats a.jsonl:1"
     assert [s.source for s in found.skipped] == ["a.jsonl:9", "a.jsonl:4"]
     assert "the answer alone has" in found.skipped[1].reason
     wanted = {"rows": 6, "kept": 4, "skipped": 2, "duplicates": 1, "train": 4, "held_out": 0,

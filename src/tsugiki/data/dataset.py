@@ -79,7 +79,7 @@ def prepare(
         train = kept
         shared = {e.key for e in held} & {e.key for e in train}
         if shared:
-            notes.append(f"{len(shared)} prompts of --eval-data are in the training rows too")
+            notes.append(f"prompts of --eval-data that are in the training rows too: {len(shared)}")
     else:
         train, held = _split(kept, eval_ratio, seed, notes)
     if not any(e.labelled for e in train):
@@ -93,7 +93,8 @@ def prepare(
     if twins:
         named = "; ".join(f"{second} repeats {first}" for first, second in twins[:NAMED_TWINS])
         more = f"; … {len(twins) - NAMED_TWINS} more" if len(twins) > NAMED_TWINS else ""
-        notes.append(f"{len(twins)} duplicates, all kept: {named}{more}")
+        count = "1 duplicate, kept" if len(twins) == 1 else f"{len(twins)} duplicates, all kept"
+        notes.append(f"{count}: {named}{more}")
     counts = {
         "rows": rows.seen,
         "kept": len({e.source for e in kept}),
