@@ -1,6 +1,6 @@
 """A Hub of about sixty lines on the loopback, for HF_ENDPOINT: files, 404, gated, cut connections.
 
-    python hub_server.py FOLDER   prints its port; models are FOLDER/USER/NAME
+python hub_server.py FOLDER   prints its port; models are FOLDER/USER/NAME
 """
 
 from __future__ import annotations

@@ -46,7 +46,10 @@ def test_parameters_of_whole_models() -> None:
 
 def test_gemma_3_1b_shapes() -> None:
     model = ModelSpec.from_config(GEMMA3_1B).meta_model()
-    shapes = {t.path.rsplit(".")[-1]: (t.in_features, t.out_features) for t in resolve_targets(model, "standard")}  # noqa: E501
+    shapes = {
+        t.path.rsplit(".")[-1]: (t.in_features, t.out_features)
+        for t in resolve_targets(model, "standard")
+    }  # noqa: E501
     assert shapes == {
         "q_proj": (1152, 1024), "k_proj": (1152, 256), "v_proj": (1152, 256), "o_proj": (1024, 1152),
     }  # fmt: skip
@@ -71,7 +74,9 @@ def test_surgery_says_what_it_changed_and_can_be_undone() -> None:
     model = tiny_model("gpt2")
     before = {name: id(module) for name, module in model.named_modules()}
     attached = attach(model, LoraConfig(r=2, targets=("attn.c_attn",)))
-    assert [t.path for t in attached.targets] == [f"transformer.h.{i}.attn.c_attn" for i in range(3)]
+    assert [t.path for t in attached.targets] == [
+        f"transformer.h.{i}.attn.c_attn" for i in range(3)
+    ]
     assert attached.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     with pytest.raises(AdapterError, match="already"):
         attach(model, LoraConfig())

@@ -48,13 +48,9 @@ def test_buckets_hold_every_token_once_with_little_padding(lengths: list[int]) -
 
 def test_attention_gradients() -> None:
     lengths = (3, 5, 1)
-    q, k, v = (
-        torch.randn(1, h, 9, 4, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1)
-    )
+    q, k, v = (torch.randn(1, h, 9, 4, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1))
     batch = ForwardBatch(lengths)
-    assert torch.autograd.gradcheck(
-        lambda *t: packed_attention(*t, batch, scale=0.5), (q, k, v)
-    )
+    assert torch.autograd.gradcheck(lambda *t: packed_attention(*t, batch, scale=0.5), (q, k, v))
 
 
 def terms(dtype: torch.dtype, dropout: float = 0.0) -> list[LoraTerm | None]:
@@ -65,7 +61,9 @@ def terms(dtype: torch.dtype, dropout: float = 0.0) -> list[LoraTerm | None]:
 
 
 def test_linear_gradients() -> None:
-    weight = DenseWeight(torch.randn(5, 6, dtype=torch.float64), torch.randn(5, dtype=torch.float64))
+    weight = DenseWeight(
+        torch.randn(5, 6, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    )
     conv = DenseWeight(torch.randn(6, 4, dtype=torch.float64), transposed=True)
     x = torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
     a = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
@@ -85,7 +83,9 @@ def test_linear_is_its_reference() -> None:
     with torch.no_grad():
         plain = grouped_linear(x, [weight, conv], [both])
     trained = grouped_linear(x, [weight, conv], [both])
-    for one, two, expected in zip(plain, trained, reference_linear(x, [weight, conv], both), strict=True):
+    for one, two, expected in zip(
+        plain, trained, reference_linear(x, [weight, conv], both), strict=True
+    ):
         assert torch.allclose(one, expected, atol=1e-5)
         assert torch.equal(one, two), "with and without gradients: the same numbers"
 

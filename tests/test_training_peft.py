@@ -38,7 +38,9 @@ def peft_losses(model: nn.Module, rows: list[tuple[list[int], list[int]]]) -> li
         tuple(Example(tuple(i), tuple(l), "") for i, l in rows),
         micro_batch=MICRO, accumulation=ACCUMULATION, seed=0,
     )  # fmt: skip
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)  # noqa: E501
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0
+    )  # noqa: E501
     losses = []
     for _ in range(STEPS):
         passes = next(loader).passes
@@ -89,4 +91,7 @@ def test_the_curve_and_the_adapter_are_pefts(family: str) -> None:
         layer = theirs.base_model.model.get_submodule(path)
         for name, value in (("lora_A", module.lora_A), ("lora_B", module.lora_B)):
             other = getattr(layer, name)["default"].weight
-            assert float((value - other).detach().norm()) <= 1e-3 * float(other.detach().norm()), (path, name)
+            assert float((value - other).detach().norm()) <= 1e-3 * float(other.detach().norm()), (
+                path,
+                name,
+            )

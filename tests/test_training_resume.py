@@ -257,7 +257,9 @@ def test_resume_of_another_run_is_refused(place: Path) -> None:
     changed.write_text((place / "rows.jsonl").read_text().replace("red", "rad", 1))
     with pytest.raises(RunError, match="data"):
         run_training(
-            build_config(stored, {"data": {"path": str(changed)}}), Terminal(as_json=True), resume=run
+            build_config(stored, {"data": {"path": str(changed)}}),
+            Terminal(as_json=True),
+            resume=run,
         )
 
 

@@ -28,9 +28,7 @@ def tiny_tokenizer(chat_template: str | None = None, bos: bool = False) -> PreTr
     if bos:
         from tokenizers.processors import TemplateProcessing
 
-        tokenizer.post_processor = TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 0)]
-        )
+        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",

@@ -1,0 +1,173 @@
+"""The command line as a user meets it: errors without tracebacks, precedence, the guide's script."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from families import save_tiny
+from tokenizers_for_tests import CHATML, tiny_tokenizer
+
+from tsugiki.config import RunConfig, build_config, flag_fields, read_yaml
+from tsugiki.errors import UsageError
+from tsugiki.presets import PRESETS, preset
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    save_tiny("llama", folder / "model", tiny_tokenizer(CHATML))
+    rows = [{"prompt": f"say {i}", "completion": f"{i} it is"} for i in range(30)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def run(
+    place: Path, *arguments: str, script: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    start = [str(ROOT / script)] if script else ["-m", "tsugiki"]
+    done = subprocess.run(
+        [sys.executable, *start, *arguments],
+        cwd=place,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TSUGIKI_CACHE": str(place / "cache"),
+             "COLUMNS": "200"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def test_the_guides_command_as_written(place: Path) -> None:
+    (place / "data").mkdir(exist_ok=True)
+    (place / "data" / "japanese_chat.jsonl").write_text((place / "rows.jsonl").read_text())
+    done = run(
+        place, "--model", "model", "--data", "data/japanese_chat.jsonl", "--lora-r", "16",
+        "--lora-alpha", "32", "--lora-dropout", "0.05", "--epochs", "3", "--batch-size", "2",
+        "--gradient-accumulation-steps", "8", "--learning-rate", "5e-5",
+        "--output", "models/japanese_chat", script="scripts/train_lora.py",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    stored = build_config(read_yaml(place / "models/japanese_chat/config.yaml"))
+    assert stored.train.warmup_ratio == 0.3, "the guide's own default"
+    assert stored.train.learning_rate == 5e-5
+    adapter = place / "models" / "japanese_chat" / "adapter"
+    for name in (
+        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
+        "tokenizer_config.json", "training_info.json", "tsugiki.json",
+    ):  # fmt: skip
+        assert (adapter / name).is_file(), name
+    assert (place / "models" / "japanese_chat" / "report.html").is_file()
+
+
+def test_json_and_dry_run(place: Path) -> None:
+    done = run(place, "train", "rows.jsonl", "--model", "model", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    kinds = [json.loads(line)["kind"] for line in done.stdout.splitlines()]
+    assert "plan" in kinds
+    assert kinds[-1] == "dry_run"
+    assert not (place / "runs").exists()
+
+
+def test_only_file_in_data_is_taken(place: Path) -> None:
+    (place / "solo" / "data").mkdir(parents=True)
+    (place / "solo" / "data" / "mine.jsonl").write_text((place / "rows.jsonl").read_text())
+    done = run(place / "solo", "train", "--model", "../model", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "30 read" in done.stdout
+    done = run(place / "model", "train", "--model", ".", "--dry-run")
+    assert done.returncode != 0
+    assert "no data was named" in done.stderr
+
+
+BAD = {
+    "no such file": (["train", "nothing.jsonl", "--model", "model"], "there is no file"),
+    "no such model": (["train", "rows.jsonl", "--model", "./modle"], "did you mean model"),
+    "r = 0": (["train", "rows.jsonl", "--lora-r", "0"], "--lora-r"),
+    "alpha < 0": (["train", "rows.jsonl", "--lora-alpha", "-1"], "--lora-alpha"),
+    "lr = nan": (["train", "rows.jsonl", "--learning-rate", "nan"], "--learning-rate"),
+    "unknown flag": (["train", "rows.jsonl", "--lora-rank", "3"], "--lora-r"),
+    "unknown preset": (["train", "rows.jsonl", "--preset", "chta"], "--preset chat"),
+    "context": (["train", "rows.jsonl", "--model", "model", "--max-length", "9999"], "2…256"),
+    "target": (["train", "rows.jsonl", "--model", "model", "--targets", "q_porj"], "q_proj"),
+    "device": (["train", "rows.jsonl", "--model", "model", "--device", "cuda:7"], "not on this"),
+    "no run": (["train", "--resume", "runs/none"], "there is no run folder"),
+    "exists": (["train", "rows.jsonl", "--model", "model", "--output", "model"], "exists already"),
+    "suffix": (["train", "model/config.yml", "--model", "model"], "no file"),
+    "adapter": (["generate", "--adapter", "model", "hi"], "there is no adapter in model"),
+    "data": (["data", "check", "empty.jsonl", "--model", "model"], "is empty"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(place: Path, case: str) -> None:
+    (place / "empty.jsonl").touch()
+    arguments, said = BAD[case]
+    before = sorted(p for p in place.rglob("*") if "cache" not in p.parts)
+    done = run(place, *arguments)
+    assert done.returncode != 0
+    assert said in done.stderr.replace("\n", " "), done.stderr
+    assert sorted(p for p in place.rglob("*") if "cache" not in p.parts) == before
+
+
+def test_yaml_keys(place: Path) -> None:
+    (place / "run.yaml").write_text("lora: {rr: 4}\ntrian: {}\n")
+    done = run(place, "train", "rows.jsonl", "--config", "run.yaml")
+    assert done.returncode == 2
+    assert "did you mean 'r'?" in done.stderr
+    assert "did you mean 'train'?" in done.stderr
+
+
+def test_precedence() -> None:
+    from tsugiki.cli import configure
+
+    folder_less = configure({"preset": "chat"}, None)
+    assert folder_less.train.epochs == 3
+    flags = configure({"preset": "chat", "train": {"epochs": 1.0}}, None)
+    assert flags.train.epochs == 1
+    assert flags.train.learning_rate == 5e-5
+
+
+def test_precedence_of_the_file(tmp_path: Path) -> None:
+    from tsugiki.cli import configure
+
+    (tmp_path / "c.yaml").write_text("preset: chat\ntrain: {epochs: 2}\nlora: {r: 4}\n")
+    config = configure({"lora": {"r": 2}}, tmp_path / "c.yaml")
+    assert (config.train.epochs, config.lora.r, config.lora.alpha) == (2, 2, 32)
+
+
+def test_the_config_reads_back() -> None:
+    import yaml
+
+    config = build_config({"lora": {"targets": ["q_proj"]}, "data": {"path": "x.jsonl"}})
+    assert build_config(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_every_flag_of_the_guide_is_there() -> None:
+    for flag in [
+        "--data",
+        "--lora-r",
+        "--lora-alpha",
+        "--lora-dropout",
+        "--epochs",
+        "--batch-size",
+        "--gradient-accumulation-steps",
+        "--learning-rate",
+        "--output",
+    ]:
+        assert flag in flag_fields()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid(name: str) -> None:
+    assert isinstance(build_config(preset(name)), RunConfig)
+
+
+def test_a_presets_misspelling() -> None:
+    with pytest.raises(UsageError, match="no preset"):
+        preset("gide")
