@@ -21,7 +21,7 @@ $(VENV)/.torch: constraints.txt
 	@if [ "$$(uname)" = Linux ] && [ -z "$(TORCH_INDEX)" ] && ! command -v nvidia-smi >/dev/null 2>&1; then \
 	  echo "No NVIDIA GPU seen. The package index may give torch's CUDA build: several GB with what it"; \
 	  echo "needs, against about 200 MB for the CPU build. To get the CPU build, stop and see README.md,"; \
-	  echo "'The CPU build of torch'."; fi
+	  echo "\"The CPU build of torch\"."; fi
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q "torch==2.13.0" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	@touch $@

@@ -99,18 +99,18 @@ class Hub(BaseHTTPRequestHandler):
         tag = hashlib.sha256(body).hexdigest()
         headers = {"ETag": f'"{tag}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
         wanted = self.headers.get("Range")
-        if self.command == "GET" and folder.parent.name == "cut" and name.endswith("safetensors"):
-            if name not in CUT:
-                CUT.add(name)
-                self.send_response(200)
-                for key, value in headers.items():
-                    self.send_header(key.replace("_", "-"), value)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body[: len(body) // 2])
-                self.wfile.flush()
-                self.close_connection = True
-                return
+        breaks = folder.parent.name == "cut" and name.endswith("safetensors") and name not in CUT
+        if self.command == "GET" and breaks:
+            CUT.add(name)
+            self.send_response(200)
+            for key, value in headers.items():
+                self.send_header(key.replace("_", "-"), value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            self.close_connection = True
+            return
         if wanted and self.command == "GET":
             start = int(wanted.removeprefix("bytes=").split("-")[0])
             span = f"bytes {start}-{len(body) - 1}/{len(body)}"

@@ -49,7 +49,7 @@ def test_gemma_3_1b_shapes() -> None:
     shapes = {
         t.path.rsplit(".")[-1]: (t.in_features, t.out_features)
         for t in resolve_targets(model, "standard")
-    }  # noqa: E501
+    }
     assert shapes == {
         "q_proj": (1152, 1024), "k_proj": (1152, 256), "v_proj": (1152, 256), "o_proj": (1024, 1152),
     }  # fmt: skip

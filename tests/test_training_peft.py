@@ -40,7 +40,7 @@ def peft_losses(model: nn.Module, rows: list[tuple[list[int], list[int]]]) -> li
     )  # fmt: skip
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0
-    )  # noqa: E501
+    )
     losses = []
     for _ in range(STEPS):
         passes = next(loader).passes
