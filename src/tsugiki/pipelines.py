@@ -55,7 +55,6 @@ def run_training(
     *,
     resume: Path | None = None,
     dry_run: bool = False,
-    random_init: bool = False,
 ) -> TrainResult | None:
     """Read, plan, show, train.
 
@@ -63,30 +62,45 @@ def run_training(
         config: what was asked; open values are chosen by the planner.
         resume: a run folder to go on with; its config is already merged into `config`.
         dry_run: stop before weights are loaded.
-        random_init: the base's shape with fresh weights (a control, used by the demo's proof).
 
     Raises:
         TsugikiError: anything a user can mend, before the first step where possible.
     """
     session = prepare_session(config, terminal, resume)
-    plan = session.plan
     show_plan(session, terminal)
     if dry_run:
         terminal.say("dry_run", "dry run: nothing was trained")
         return None
-    folder = resume or plan.config.output or _run_folder(session)
-    require_space(folder, plan.disk, "the run")
+    folder = resume or session.plan.config.output or _run_folder(session)
+    return run_prepared(session, folder, terminal, resumed=resume is not None)[1]
+
+
+def run_prepared(
+    session: Session,
+    folder: Path,
+    terminal: Terminal,
+    *,
+    resumed: bool = False,
+    random_init: bool = False,
+) -> tuple[Base, TrainResult]:
+    """Load the weights and train; the base comes back with its last state attached.
+
+    Args:
+        random_init: the base's shape with fresh weights (a control for proofs).
+    """
+    require_space(folder, session.plan.disk, "the run")
+    full = session.plan.config.train.method == "full"
     base = load_base(
         session.resolved,
-        dtype=session.decisions.torch_dtype,
+        dtype=torch.float32 if full else session.decisions.torch_dtype,
         device=session.decisions.device,
-        trust_remote_code=config.model.trust_remote_code,
+        trust_remote_code=session.plan.config.model.trust_remote_code,
         random_init=random_init,
     )
     for note in base.notes:
         terminal.say("note", Text(note, style="dim"), text=note)
     supervise.name_run(folder.absolute())
-    return _train(session, base, folder, terminal, resumed=resume is not None)
+    return base, _train(session, base, folder, terminal, resumed=resumed)
 
 
 def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) -> Session:

@@ -1,0 +1,1 @@
+"""Long proofs and benchmarks; results are committed under results/ with machine and date."""
