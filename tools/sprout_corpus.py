@@ -329,6 +329,41 @@ def _formatted(w: Words, ja: bool, story: str, wanted: list[str], values: dict[s
     ]
 
 
+RUNNING_EN = [
+    "{} took {} to {} for {}", "{} and {} went to {} with {}", "for {}, {} made {} near {}",
+    "{} told {} about {} in {}", "in {} {} met {} because of {}", "{} sold {} to {} at {}",
+    "{} likes {} more than {} or {}", "from {} to {}, {} carries {}", "{}'s {} is older than {} of {}",
+    "please send {} to {} before {} leaves {}", "could {} bring {} to {} with {}?",
+    "{} asks: where is {} of {} in {}?", "does {} know {} and {} from {}?",
+]  # fmt: skip
+RUNNING_JA = [
+    "{}は{}に{}さんと{}を送る", "{}の{}を{}へ持って{}まで行く", "{}さんの{}、{}の{}を見た",
+    "{}から{}まで{}で行きます。{}です", "{}が{}より{}に似ていると{}は言った", "{}です。{}の{}と{}を買った",
+    "{}と{}は{}で{}に会った", "{}さんに{}の{}が{}だと伝えて", "{}を{}の{}に{}さんが渡しました",
+    "{}の{}が{}にあるか、{}さんに聞いて", "{}さんは{}を{}で{}と呼ぶ", "{}へ{}を{}さんが届け、{}は笑った",
+]  # fmt: skip
+
+
+def running(w: Words, ja: bool) -> Turns:
+    """Words inside one running sentence, picked out in order; neighbours are only particles."""
+    rng = w.rng
+    words = [w.japanese() if ja else w.english() for _ in range(4)]
+    text = rng.choice(RUNNING_JA if ja else RUNNING_EN).format(*words) + ("。" if ja else ".")
+    text = text[0].upper() + text[1:] if not ja and rng.random() < 0.5 else text
+    count = rng.randint(1, 4)
+    places = (
+        sorted(rng.sample(range(4), count)) if rng.random() < 0.7 else rng.sample(range(4), count)
+    )
+    sep = rng.choice(SEPARATORS)
+    form = sep.join(str(i + 1) for i in places)
+    ask = f"言葉を次の順に：{form}" if ja else f"The words as {form}"
+    answer = sep.join(words[i] for i in places)
+    return [
+        ("user", f"{text}\n{ask}" if rng.random() < 0.5 else f"{ask}\n{text}"),
+        ("assistant", answer),
+    ]
+
+
 def pattern(w: Words, ja: bool) -> Turns:
     """Examples in the prompt show a form; the last line is to be done alike."""
     rng = w.rng
@@ -411,7 +446,7 @@ def talk(w: Words, ja: bool) -> Turns:
 
 
 KINDS: list[tuple[Callable[[Words, bool], Turns], int]] = [
-    (echo, 14), (pick, 14), (lookup, 14), (extract, 34), (pattern, 12), (swap, 8),
+    (echo, 12), (pick, 12), (lookup, 12), (extract, 26), (running, 26), (pattern, 10), (swap, 8),
     (arithmetic, 4), (talk, 10),
 ]  # fmt: skip
 

@@ -132,6 +132,8 @@ def save_adapter(
         _dump(temporary / "tsugiki.json", record)
         if training_info is not None:
             _dump(temporary / "training_info.json", dict(training_info))
+        if chat is not None:
+            _dump(temporary / "generation_config.json", {"eos_token_id": chat["stop_ids"]})
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
     return folder
