@@ -70,7 +70,7 @@ class ReadAdapter:
 
 def save_adapter(
     model: nn.Module,
-    folder: Path,
+    folder: Path | str,
     *,
     base: BaseIdentity | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -91,6 +91,7 @@ def save_adapter(
         AdapterError: there is no adapter on the model.
         DiskError, RunError: it could not be written; what was there is intact.
     """
+    folder = Path(folder)
     modules = dict(lora_modules(model))
     if not modules:
         raise AdapterError("there is no adapter on this model to save")
