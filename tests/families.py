@@ -43,13 +43,18 @@ def tiny_config(family: str, vocab: int = 320) -> Any:
 
 
 def tiny_model(family: str, seed: int = 0, vocab: int = 320) -> nn.Module:
-    """Random weights, matrices drawn N(0, 0.25²) at width 64; eval mode, fp32."""
+    """Random weights, matrices drawn N(0, 0.25²) at width 64; eval mode, fp32.
+
+    Gemma's inner matrices are half as wide: its post-norms amplify rounding otherwise, and the
+    logits' spread comes from the embedding alone.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(family, vocab)).eval()
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                nn.init.normal_(parameter, 0.0, 0.25)
+                inner = family.startswith("gemma") and "embed" not in name
+                nn.init.normal_(parameter, 0.0, 0.125 if inner else 0.25)
     return model
 
 

@@ -50,7 +50,7 @@ def test_both_ways(family: str, tmp_path: Path) -> None:
         effect = float((adapted - base).pow(2).mean().sqrt())
         if effect >= float(base.std()):
             break
-        width *= 1.5
+        width *= 1.2
     save_adapter(ours, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours").eval()
     with torch.no_grad():
