@@ -6,9 +6,12 @@ model and no loop: tensors and a state in, the same out.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from tsugiki.errors import RunError, TsugikiError
 from tsugiki.files import atomic_folder, read_json, sha256_file, sweep_temporary
 
 KEPT = 2
+CONTENT = {"tensors.safetensors", "state.json"}
 NAME = re.compile(r"step-(\d+)")
 
 
@@ -43,21 +47,34 @@ def save_checkpoint(
         DiskError: it could not be written; the checkpoints before it are intact.
     """
     target = folder / f"step-{step}"
-    with atomic_folder(target, replace=True) as temporary:
+    with atomic_folder(target, replace=True) as temporary, as_os_error():
         save_file(
             {k: v.contiguous() for k, v in tensors.items()}, temporary / "tensors.safetensors"
         )
         (temporary / "state.json").write_text(json.dumps(state, ensure_ascii=False))
-        files = sorted(p for p in temporary.iterdir())
-        manifest = {
-            "version": 1,
-            "step": step,
-            "files": {p.name: {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files},
+        entries = {
+            p.name: {"sha256": sha256_file(p), "bytes": p.stat().st_size}
+            for p in sorted(temporary.iterdir())
         }
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        (temporary / "manifest.json").write_text(_manifest(step, entries))
     for _, old in checkpoints(folder)[KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+@contextlib.contextmanager
+def as_os_error() -> Iterator[None]:
+    """A full disk met by safetensors' own writer becomes the OSError that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code.group(1)) if code else errno.EIO, str(error)) from error
+
+
+def _manifest(step: int, entries: dict[str, Any]) -> str:
+    """The one spelling of a manifest, so that a changed byte anywhere in it is seen."""
+    return json.dumps({"version": 1, "step": step, "files": entries}, indent=2)
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -103,7 +120,11 @@ def damaged(path: Path) -> str | None:
             return f"{name} has another size"
         if sha256_file(file) != entry.get("sha256"):
             return f"{name} has another content"
-    return None if {"tensors.safetensors", "state.json"} <= set(files) else "manifest.json"
+    match = NAME.fullmatch(path.name)
+    spelled = _manifest(int(match.group(1)), files).encode() if match else b""
+    if set(files) != CONTENT or (path / "manifest.json").read_bytes() != spelled:
+        return "manifest.json is not as written"
+    return None
 
 
 def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from tsugiki.data.dataset import Prepared
 from tsugiki.files import atomic_folder, write_json
 from tsugiki.models.load import Base
 from tsugiki.models.spec import stored_dtype
+from tsugiki.training.checkpoint import as_os_error
 from tsugiki.training.state import Progress
 
 # What may differ on resume: it shapes what is shown and saved, not what is computed.
@@ -86,7 +87,7 @@ def keep_state(
             replace=True,
         )
     target = folder / "model"
-    with atomic_folder(target, replace=True) as temporary:
+    with atomic_folder(target, replace=True) as temporary, as_os_error():
         base.model.save_pretrained(temporary)  # type: ignore[operator]
         base.tokenizer.save_pretrained(temporary)
         write_json(temporary / "training_info.json", record)

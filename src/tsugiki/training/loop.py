@@ -23,7 +23,7 @@ from tsugiki.data.dataset import Prepared
 from tsugiki.data.loader import Loader
 from tsugiki.device import Decisions
 from tsugiki.errors import DiskError, Interrupted, NonFiniteError, RunError
-from tsugiki.files import RunLock, atomic_write, write_json
+from tsugiki.files import RunLock, atomic_write, sweep_temporary, write_json
 from tsugiki.models.load import Base
 from tsugiki.training import metrics
 from tsugiki.training.checkpoint import newest_whole, refuse_changes, save_checkpoint
@@ -94,9 +94,8 @@ def train(
             model.requires_grad_(True)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
-            list(trained.values()),
+            decay_groups(trained, settings.weight_decay or 0.0),
             lr=0.0,
-            weight_decay=settings.weight_decay or 0.0,
             fused=device.type in ("cpu", "cuda"),
         )
         assert settings.batch_size is not None
@@ -111,6 +110,7 @@ def train(
         same = run_identity(config, prepared, identity, total_steps)
         progress = Progress()
         if resume:
+            sweep_temporary(folder)
             found, notes = newest_whole(folder / "checkpoints")
             if found is not None:
                 refuse_changes(found.state["identity"], same)
@@ -151,6 +151,8 @@ def train(
 
         def evaluate() -> Iterator[Event]:
             loss = held_out_loss(base, prepared.held_out)
+            if not math.isfinite(loss):
+                _not_finite(progress.step, "the held-out loss", [], folder)
             first = progress.first_held_out is None
             if first:
                 progress.first_held_out = loss
@@ -181,8 +183,11 @@ def train(
                 yield from evaluate()
             yield from sample()
             yield save()
-        stopped_by = "all steps done"
-        while progress.step < total_steps:
+
+        def patience_is_out() -> bool:
+            return 0 < (settings.early_stopping or 0) <= progress.since_best
+
+        while progress.step < total_steps and not patience_is_out():
             training_mode(model, True)
             step = progress.step + 1
             data = next(loader)
@@ -240,11 +245,7 @@ def train(
             last = step == total_steps
             if prepared.held_out and (last or step % (settings.eval_every or total_steps) == 0):
                 yield from evaluate()
-                if settings.early_stopping and progress.since_best >= settings.early_stopping:
-                    stopped_by = (
-                        f"early stopping: no better held-out loss {progress.since_best} times"
-                    )
-                    last = True
+                last = last or patience_is_out()
             if step == total_steps // 2 and not last:
                 yield from sample()
             if last or step % (settings.save_every or total_steps) == 0 or signals.received:
@@ -258,6 +259,9 @@ def train(
                     signals.received,
                     f"tsugiki train --resume {folder}",
                 )
+        stopped_by = "all steps done"
+        if patience_is_out():
+            stopped_by = f"early stopping: no better held-out loss {progress.since_best} times"
         training_mode(model, False)
         if not prepared.held_out:
             progress.best_step = progress.step
@@ -279,6 +283,14 @@ def train(
                 stopped_by,
             )
         )
+
+
+def decay_groups(trained: dict[str, nn.Parameter], decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices decay, norms' weights and biases do not (all of LoRA decays)."""
+    matrices = [p for p in trained.values() if p.dim() > 1]
+    others = [p for p in trained.values() if p.dim() <= 1]
+    groups = ({"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
 
 
 def count_targets(passes: tuple[tuple[Any, ...], ...]) -> int:
@@ -310,7 +322,7 @@ def _finite_grad(parameter: nn.Parameter) -> bool:
 
 def _not_finite(step: int, what: str, names: list[str], folder: Path) -> None:
     raise NonFiniteError(
-        f"{what} of step {step} is NaN or inf; the weights were not touched",
+        f"{what} of step {step} is NaN or inf; nothing was updated with it",
         got=", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         if names
         else None,

@@ -41,8 +41,15 @@ def read(folder: Path, name: str = METRICS) -> list[dict[str, Any]]:
 
 
 def next_segment(folder: Path) -> int:
-    """Number of the segment that begins now."""
-    lines = read_lines(folder / METRICS)
+    """Number of the segment that begins now.
+
+    A line that a crash tore is closed first, or the next one would be lost with it.
+    """
+    lines = []
+    for path in (folder / METRICS, folder / SAMPLES):
+        if path.exists() and not path.read_bytes().endswith(b"\n"):
+            append_line(path, "")
+        lines += read_lines(path)
     return 1 + max(
         (int(line.get("segment", 0)) for line in lines if isinstance(line, dict)), default=-1
     )

@@ -1,0 +1,230 @@
+"""The parts of training by themselves: rates, records, damage, spikes, report, all families."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, save_tiny
+from tokenizers_for_tests import CHATML, tiny_tokenizer
+
+from tsugiki.adapters.attach import attach, detach
+from tsugiki.adapters.storage import load_adapter, save_adapter
+from tsugiki.config import LoraConfig, build_config
+from tsugiki.engine.engine import Engine, Request
+from tsugiki.engine.sampling import Sampling
+from tsugiki.errors import NonFiniteError
+from tsugiki.models.hub import resolve_model
+from tsugiki.models.load import load_base
+from tsugiki.pipelines import run_training
+from tsugiki.terminal import Terminal
+from tsugiki.training import loop, metrics
+from tsugiki.training.checkpoint import newest_whole, save_checkpoint
+from tsugiki.training.report import write_report
+from tsugiki.training.schedule import learning_rate
+from tsugiki.training.simple import train
+from tsugiki.training.watch import Watch
+
+
+def test_rates_rise_then_fall() -> None:
+    rates = [learning_rate(s, 100, 1.0, 0.1, "cosine") for s in range(1, 101)]
+    assert rates[:10] == [pytest.approx(s / 10) for s in range(1, 11)]
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert 0 < rates[-1] < 1e-2
+    linear = [learning_rate(s, 10, 1.0, 0.0, "linear") for s in range(1, 11)]
+    assert linear == [pytest.approx(1 - s / 10) for s in range(10)]
+    assert learning_rate(7, 10, 2.0, 0.3, "constant") == 2.0
+
+
+def test_every_flip_and_every_cut_of_a_checkpoint_is_seen(tmp_path: Path) -> None:
+    """200 byte flips and 100 truncations of the newest: 300 of 300 caught, the one before used."""
+    tensors = {"weights.a": torch.arange(40.0)}
+    for step in (3, 6):
+        save_checkpoint(tmp_path, step, tensors, {"step": step, "identity": {}})
+    rng = random.Random(0)
+    names = ["tensors.safetensors", "state.json", "manifest.json"]
+    for case in range(300):
+        path = tmp_path / "step-6" / names[case % 3]
+        whole = path.read_bytes()
+        place = rng.randrange(len(whole))
+        if case < 200:
+            bad = bytearray(whole)
+            bad[place] ^= 1 << rng.randrange(8)
+            path.write_bytes(bad)
+        else:
+            path.write_bytes(whole[:place])
+        found, notes = newest_whole(tmp_path)
+        assert found is not None
+        assert found.step == 3, (path.name, place)
+        assert str(path.parent) in notes[0]
+        path.write_bytes(whole)
+    found, notes = newest_whole(tmp_path)
+    assert found is not None
+    assert (found.step, notes) == (6, [])
+
+
+def test_a_disk_full_inside_the_tensors_is_told_as_one(tmp_path: Path) -> None:
+    """The kernel refuses the write itself (a file-size limit), not a patched function."""
+    code = (
+        "import sys, torch\nfrom pathlib import Path\n"
+        "from tsugiki.errors import DiskError\n"
+        "from tsugiki.training.checkpoint import save_checkpoint\n"
+        "try: save_checkpoint(Path(sys.argv[1]), 9, {'a': torch.zeros(200_000)}, {})\n"
+        "except DiskError as error: print('told:', error.problem)\n"
+    )
+    save_checkpoint(tmp_path, 6, {"a": torch.zeros(3)}, {})
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),
+    )
+    assert done.stdout.startswith("told: "), done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["step-6"], "nothing half-written"
+    found, _ = newest_whole(tmp_path)
+    assert found is not None
+
+
+def test_records_survive_a_torn_line_and_a_repeat(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        metrics.write(tmp_path, metrics.METRICS, 0, "train", step=step, loss=1.0)
+    with open(tmp_path / metrics.METRICS, "a") as stream:
+        stream.write('{"kind": "train", "segment": 0, "st')
+    assert metrics.next_segment(tmp_path) == 1
+    for step in (3, 4):
+        metrics.write(tmp_path, metrics.METRICS, 1, "train", step=step, loss=2.0)
+    kept = [(line["step"], line["loss"]) for line in metrics.read(tmp_path)]
+    assert kept == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+
+
+def test_spikes_are_caught_and_quiet_is_quiet() -> None:
+    rng = random.Random(0)
+    watch = Watch(100_000)
+    for step in range(1, 10_001):
+        said = watch.step(step, 5.0 - 4.0 * step / 10_000 + rng.gauss(0, 0.05))
+        assert said == [], step
+    assert "jumped" in watch.step(10_001, 1.0 + 10 * 0.05 + 0.1)[0]
+
+
+def test_symptoms_are_told_once() -> None:
+    flat = Watch(90)
+    said = [text for step in range(1, 91) for text in flat.step(step, 3.0)]
+    assert len(said) == 1
+    assert "--learning-rate" in said[0]
+    over = Watch(90)
+    told = [text for loss in (3.0, 2.0, 2.1, 2.2, 2.3, 2.4) for text in over.evaluated(loss)]
+    assert len(told) == 1
+    assert "overfitting" in told[0]
+
+
+def test_the_report_escapes_and_stands_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("note: <script>alert(1)</script>\n")
+    (tmp_path / "decisions.json").write_text(json.dumps({"dtype": "<b>"}))
+    metrics.write(tmp_path, metrics.METRICS, 0, "held_out", step=0, loss=2.5, best=True)
+    for step in (1, 2):
+        metrics.write(
+            tmp_path, metrics.METRICS, 0, "train", step=step, loss=2.0 / step, lr=0.1, grad_norm=1.0
+        )
+    metrics.write(tmp_path, metrics.SAMPLES, 0, "sample", step=2, prompt="<i>", text="</pre>猫&")
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert page.count("<svg") == 3
+    assert "&lt;/pre&gt;猫&amp;" in page
+    assert "2.5000" in page
+    for absent in ("<script", "<i>", "<b>&lt;b", "http:", "https:", "src="):
+        assert absent not in page, absent
+
+
+def test_norms_and_biases_do_not_decay() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    matrices, others = loop.decay_groups(dict(model.named_parameters()), 0.1)
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert [p.dim() for p in matrices["params"]] == [2]
+    assert [p.dim() for p in others["params"]] == [1, 1, 1]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    save_tiny("llama", folder / "model", tiny_tokenizer(CHATML))
+    with open(folder / "rows.jsonl", "w") as stream:
+        for i in range(30):
+            stream.write(json.dumps({"prompt": f"count {i}", "completion": f"{i} done"}) + "\n")
+    return folder
+
+
+def run(small: Path, name: str, **train: object) -> Path:
+    config = build_config(
+        {
+            "output": str(small / name),
+            "model": {"name": str(small / "model"), "dtype": "float32"},
+            "data": {"path": str(small / "rows.jsonl")},
+            "train": {"max_steps": 6, "batch_size": 4, "eval_every": 2, "save_every": 2, **train},
+        }
+    )
+    run_training(config, Terminal(as_json=True))
+    return small / name
+
+
+def test_full_fine_tuning_writes_a_model_that_loads(small: Path) -> None:
+    folder = run(small, "full", method="full", learning_rate=1e-3)
+    tuned = load_base(resolve_model(str(folder / "model")), dtype=torch.float32, device="cpu")
+    plain = load_base(resolve_model(str(small / "model")), dtype=torch.float32, device="cpu")
+    changed = [
+        not torch.equal(a, b)
+        for a, b in zip(tuned.model.parameters(), plain.model.parameters(), strict=True)
+    ]
+    assert any(changed)
+    held = [x["loss"] for x in metrics.read(folder) if x["kind"] == "held_out"]
+    assert min(held[1:]) < held[0]
+
+
+def test_early_stopping_holds_over_a_resume(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "held_out_loss", lambda *_: 1.0)
+    folder = run(small, "early", early_stopping=1)
+    adapter = folder / "adapter" / "adapter_model.safetensors"
+    before = adapter.read_bytes()
+    stored = build_config(json_config(folder))
+    result = run_training(stored, Terminal(as_json=True), resume=folder)
+    assert result is not None
+    assert result.steps == 2
+    assert "early stopping" in result.stopped_by
+    assert adapter.read_bytes() == before
+
+
+def json_config(folder: Path) -> dict[str, object]:
+    from tsugiki.config import read_yaml
+
+    return read_yaml(folder / "config.yaml")
+
+
+def test_a_held_out_loss_that_is_nan_stops(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([2.0, float("nan")])
+    monkeypatch.setattr(loop, "held_out_loss", lambda *_: next(values))
+    with pytest.raises(NonFiniteError, match="held-out loss of step 2"):
+        run(small, "nan")
+    assert (small / "nan" / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_trains_saves_loads_and_answers(family: str, tmp_path: Path) -> None:
+    folder = save_tiny(family, tmp_path / "model", tiny_tokenizer(CHATML))
+    base = load_base(resolve_model(str(folder)), dtype=torch.float32, device="cpu")
+    ask = Request((5, 9, 20, 31), sampling=Sampling(max_tokens=8), stop_ids=(1,))
+    plain = [c.ids for c in Engine(base).complete([ask])]
+    attach(base.model, LoraConfig(r=4), generator=torch.Generator().manual_seed(0))
+    rows = [([5, 9, 20, 31, *[60] * 8], [-100] * 4 + [60] * 8)] * 4
+    losses = train(base.model, rows, steps=20, learning_rate=1e-2)
+    assert losses[-1] < 0.5 * losses[0]
+    tuned = [c.ids for c in Engine(base).complete([ask])]
+    assert tuned != plain
+    save_adapter(base.model, tmp_path / "adapter")
+    detach(base.model)
+    assert [c.ids for c in Engine(base).complete([ask])] == plain
+    load_adapter(base.model, tmp_path / "adapter")
+    assert [c.ids for c in Engine(base).complete([ask])] == tuned
