@@ -81,7 +81,16 @@ def test_peft_patterns_and_rslora(tmp_path: Path) -> None:
     ours = copy.deepcopy(plain)
     load_adapter(ours, tmp_path / "theirs")
     use_flat_attention(ours)
-    assert float((logits(ours, ids) - expected).abs().max()) <= 1e-4
+    adapted = logits(ours, ids)
+    assert float((adapted - expected).abs().max()) <= 1e-4
+
+    save_adapter(ours, tmp_path / "again")  # ranks and scales that differ by layer survive
+    detach(ours)
+    load_adapter(ours, tmp_path / "again")
+    assert torch.equal(logits(ours, ids), adapted)
+    reread = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "again").eval()
+    with torch.no_grad():
+        assert float((solo_forward(reread, ids, LENGTHS) - expected).abs().max()) <= 1e-4
 
 
 IDENTITY = BaseIdentity("me/base", "a" * 64, "b" * 64, dtype="float32")
@@ -163,9 +172,32 @@ def test_changed_weights_are_seen(saved) -> None:  # type: ignore[no-untyped-def
         load_adapter(model, folder, base=IDENTITY)
 
 
+def test_an_edited_scale_is_seen(saved) -> None:  # type: ignore[no-untyped-def]
+    model, folder = saved
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["lora_alpha"] *= 2
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match="another scale"):
+        load_adapter(model, folder, base=IDENTITY)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"base": {"name": "x"}}, {"base": "x"}, {"format_version": "1"}, {"targets": []}],
+)
+def test_a_damaged_record_is_refused(saved, change) -> None:  # type: ignore[no-untyped-def]
+    model, folder = saved
+    record = json.loads((folder / "tsugiki.json").read_text())
+    (folder / "tsugiki.json").write_text(json.dumps({**record, **change}))
+    with pytest.raises(AdapterError, match="damaged"):
+        load_adapter(model, folder, base=IDENTITY)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
+        ("lora_dropout", 1.0, "not a probability"),
+        ("target_modules", "(", "not a valid pattern"),
         ("lora_alpha", None, "lora_alpha"),
         ("use_dora", True, "use_dora"),
         ("modules_to_save", ["lm_head"], "modules_to_save"),

@@ -228,3 +228,20 @@ def test_each_family_trains_saves_loads_and_answers(family: str, tmp_path: Path)
     assert [c.ids for c in Engine(base).complete([ask])] == plain
     load_adapter(base.model, tmp_path / "adapter")
     assert [c.ids for c in Engine(base).complete([ask])] == tuned
+
+
+def test_a_second_ctrl_c_leaves_at_once() -> None:
+    """The first is remembered for the loop, a repeat of SIGTERM too; handlers come back."""
+    code = (
+        "import os, signal\nfrom tsugiki.training.signals import Signals\n"
+        "before = signal.getsignal(signal.SIGINT)\n"
+        "with Signals() as s: pass\n"
+        "assert signal.getsignal(signal.SIGINT) is before\n"
+        "with Signals() as s:\n"
+        "    for n in (15, 15): os.kill(os.getpid(), n)\n"
+        "    print('first', s.received, flush=True)\n"
+        "    os.kill(os.getpid(), 2)\n"
+        "    print('not reached', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "first 15\n"), done.stderr

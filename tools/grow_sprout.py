@@ -32,7 +32,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 FOLDER = Path(__file__).parent.parent / "src" / "tsugiki" / "models" / "sprout"
 SHARD = 500_000  # tokens that one worker makes at a time
-DOCUMENT_SHARE = 0.06  # of a shard's tokens
+DOCUMENT_SHARE = 0.3  # of a shard's tokens; the documentation is small and comes often
 ASKED_SHARE = 0.15  # of the tokens that a user says are predicted
 SHORT = 256  # window until most of the training is done
 LONG_FROM = 0.88  # then the full context

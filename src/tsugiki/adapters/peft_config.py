@@ -66,7 +66,10 @@ class PeftConfig:
         if wanted is None or wanted == "all-linear":
             return set()
         if isinstance(wanted, str):
-            return {path for path in modules if re.fullmatch(wanted, path)}
+            try:
+                return {path for path in modules if re.fullmatch(wanted, path)}
+            except re.error:
+                raise AdapterError(f"target_modules {wanted!r} is not a valid pattern") from None
         return {
             path
             for path in modules
@@ -127,6 +130,10 @@ def read_peft_config(folder: Path) -> PeftConfig:
         raise AdapterError(
             f"{path}: the rank must be at least 1 and alpha a number",
             got=f"r {config.r}, lora_alpha {config.alpha}",
+        )
+    if not 0 <= config.dropout < 1:
+        raise AdapterError(
+            f"{path}: lora_dropout is not a probability", got=config.dropout, allowed="0 to below 1"
         )
     return config
 

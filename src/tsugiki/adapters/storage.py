@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,11 @@ from transformers.pytorch_utils import Conv1D
 from tsugiki import __version__
 from tsugiki.adapters.attach import lora_modules, place, refuse_attached
 from tsugiki.adapters.peft_config import PeftConfig, read_peft_config
-from tsugiki.errors import AdapterError, TsugikiError
-from tsugiki.files import atomic_folder, read_json, sha256_file
+from tsugiki.adapters.record import FORMAT_VERSION, check_scales, read_record
+from tsugiki.errors import AdapterError
+from tsugiki.files import atomic_folder, sha256_file
 from tsugiki.models.load import check_safetensors
 
-FORMAT_VERSION = 1
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 
@@ -100,6 +102,9 @@ def save_adapter(
     tensors = adapter_tensors(model)
     content = save(tensors, metadata={"format": "pt"})
     conv1d = [isinstance(m.base, Conv1D) for m in modules.values()]
+    alpha = first.scale * r
+    ranks = {path: m.lora_A.shape[0] for path, m in modules.items()}
+    alphas = {path: m.scale * ranks[path] for path, m in modules.items()}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -107,7 +112,12 @@ def save_adapter(
         "revision": base.commit if base else None,
         "inference_mode": True,
         "r": r,
-        "lora_alpha": _plain_number(first.scale * r),
+        "lora_alpha": _plain_number(alpha),
+        # A foreign adapter may differ by layer; PEFT reads these keys as regular expressions.
+        "rank_pattern": {re.escape(p): n for p, n in ranks.items() if n != r},
+        "alpha_pattern": {
+            re.escape(p): _plain_number(a) for p, a in alphas.items() if not isclose(a, alpha)
+        },
         "lora_dropout": first.dropout,
         "target_modules": sorted(modules),
         "fan_in_fan_out": all(conv1d),
@@ -207,7 +217,7 @@ def read_adapter(
             fix="save the adapter again with safetensors",
         )
     check_safetensors(weights, AdapterError)
-    record = _read_record(folder)
+    record = read_record(folder)
     digest = sha256_file(weights)
     notes: list[str] = []
     if record is not None:
@@ -324,6 +334,8 @@ def _pair_up(
             fix="use the base it was trained on, and an unchanged copy of the adapter",
         )
     ordered = [path for path in modules if path in halves]
+    if record:
+        check_scales(record["targets"], config, ordered, folder)
     pairs = {path: (halves[path]["lora_A"], halves[path]["lora_B"]) for path in ordered}
     return pairs, {path: config.scale_of(path) for path in ordered}
 
@@ -334,26 +346,6 @@ def _parse_name(name: str) -> tuple[str | None, str | None]:
     if half not in ("lora_A", "lora_B") or not name.startswith(PREFIX):
         return None, None
     return path, half
-
-
-def _read_record(folder: Path) -> dict[str, Any] | None:
-    path = folder / "tsugiki.json"
-    if not path.is_file():
-        return None
-    try:
-        record = read_json(path)
-    except TsugikiError as error:
-        raise AdapterError(error.problem) from None
-    if not isinstance(record, dict) or not isinstance(record.get("targets"), dict):
-        raise AdapterError(f"{path} is damaged", fix="copy the adapter again")
-    if record.get("format_version", 0) > FORMAT_VERSION:
-        raise AdapterError(
-            f"{path} was written by a newer tsugiki",
-            got=f"format {record['format_version']}",
-            allowed=f"up to {FORMAT_VERSION}",
-            fix="pip install -U tsugiki",
-        )
-    return record
 
 
 def _dump(path: Path, value: Any) -> None:
