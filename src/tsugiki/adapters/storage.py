@@ -353,5 +353,5 @@ def _dump(path: Path, value: Any) -> None:
 
 
 def _plain_number(value: float) -> float | int:
-    rounded = round(value, 10)
+    rounded = float(f"{value:.12g}")
     return int(rounded) if rounded == int(rounded) else rounded
