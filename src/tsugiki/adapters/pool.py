@@ -81,7 +81,7 @@ class AdapterPool:
             )
         return self._index[name]
 
-    def load(self, folder: Path, name: str, *, accept_base: bool = False) -> AdapterInfo:
+    def load(self, folder: Path | str, name: str, *, accept_base: bool = False) -> AdapterInfo:
         """Read an adapter, check it against the base, and make it available.
 
         Raises:
@@ -89,7 +89,7 @@ class AdapterPool:
         """
         if name in self._index:
             raise AdapterError(f"an adapter named {name!r} is loaded already")
-        read = read_adapter(folder, self._plain_modules(), self.base, accept_base=accept_base)
+        read = read_adapter(Path(folder), self._plain_modules(), self.base, accept_base=accept_base)
         device = next(self.model.parameters()).device
         for path in read.pairs:
             if path not in self._layers:
