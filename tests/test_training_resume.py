@@ -37,6 +37,11 @@ FLAGS = [
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, rows, and an uninterrupted run to compare with."""
     folder = tmp_path_factory.mktemp("runs")
+    make_place(folder)
+    return folder
+
+
+def make_place(folder: Path) -> None:
     save_tiny("llama", folder / "model", tiny_tokenizer(CHATML))
     rng = random.Random(0)
     words = ["red", "blue", "cat", "dog", "tea", "sun"]
@@ -45,7 +50,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ask = " ".join(rng.choices(words, k=4)) + f" {i}"
             stream.write(json.dumps({"prompt": ask, "completion": ask[::-1]}) + "\n")
     finish(command(folder, "whole"))
-    return folder
 
 
 def command(folder: Path, output: str, *extra: str, resume: bool = False) -> subprocess.Popen[str]:
