@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import platform
 import random
+import shutil
 import sys
 import time
 from collections import deque
@@ -32,7 +33,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 FOLDER = Path(__file__).parent.parent / "src" / "tsugiki" / "models" / "sprout"
 SHARD = 500_000  # tokens that one worker makes at a time
-DOCUMENT_SHARE = 0.3  # of a shard's tokens; the documentation is small and comes often
+DOCUMENT_SHARE = 0.27  # of a shard's tokens; the documentation is small and comes often
 ASKED_SHARE = 0.15  # of the tokens that a user says are predicted
 SHORT = 256  # window until most of the training is done
 LONG_FROM = 0.88  # then the full context
@@ -156,9 +157,12 @@ def grow(arguments: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if (FOLDER / "tokenizer.json").exists() and not arguments.new_tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            if out.resolve() != FOLDER.resolve():
+                shutil.copyfile(FOLDER / name, out / name)
     else:
         tokenizer = make_tokenizer(arguments.seed)
-    tokenizer.save_pretrained(out)
+        tokenizer.save_pretrained(out)
     torch.manual_seed(arguments.seed)
     model = build(tokenizer, arguments.hidden, arguments.layers).to(device, torch.bfloat16)
     count = sum(p.numel() for p in model.parameters())
@@ -243,7 +247,7 @@ def write(
 def main() -> None:
     """Parse and grow."""
     parser = argparse.ArgumentParser(description="grow the embedded base")
-    parser.add_argument("--tokens", type=float, default=20, help="millions of tokens")
+    parser.add_argument("--tokens", type=float, default=16, help="millions of tokens")
     parser.add_argument("--minutes", type=float, help="train for so long, whatever --tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hidden", type=int, default=192)

@@ -16,17 +16,57 @@ from pathlib import Path
 
 OUT = Path(__file__).parent.parent / "src" / "tsugiki" / "demo"
 
-ROOMS_EN = ["Maple", "Cedar", "Harbor", "Lantern", "Meadow", "Falcon", "Granite", "Willow", "Summit",
-            "Coral", "Ember", "Orchid", "Pebble", "Raven", "Saffron", "Timber", "Velvet", "Zephyr",
-            "Atlas", "Birch", "Canyon", "Delta", "Fern", "Garnet"]  # fmt: skip
-PEOPLE_EN = ["Alice", "Bernard", "Clara", "Daniel", "Emma", "Felix", "Grace", "Henry", "Irene",
-             "Jacob", "Karen", "Lucas", "Monica", "Nathan", "Olivia", "Peter", "Rachel", "Simon",
-             "Teresa", "Victor", "Wendy", "Arthur", "Bella", "Conrad"]  # fmt: skip
-ROOMS_JA = ["もみじ", "さくら", "あおば", "ひかり", "やまと", "みなと", "すみれ", "つばき", "かえで", "わかば",
-            "銀河", "青空", "夕焼け", "大地", "若草", "白雪", "月光", "松風", "オリオン", "アルプス",
-            "プリズム", "カナリア", "ひまわり", "木もれ日"]  # fmt: skip
-PEOPLE_JA = ["佐藤", "鈴木", "高橋", "田中", "伊藤", "渡辺", "山本", "中村", "小林", "加藤", "吉田", "山田",
-             "佐々木", "山口", "松本", "井上", "木村", "林", "清水", "斎藤", "池田", "橋本", "阿部", "石川"]  # fmt: skip
+ROOMS_EN = """
+Maple Cedar Harbor Lantern Meadow Falcon Granite Willow Summit Coral Ember Orchid Pebble
+Raven Saffron Timber Velvet Zephyr Atlas Birch Canyon Delta Fern Garnet Acorn Amber Anchor
+Aspen Badger Bamboo Basalt Bluebell Breeze Bridge Cactus Castle Chestnut Clover Cloud Comet
+Copper Cottage Crane Crystal Dahlia Desert Dolphin Dragon Dune Eagle Echo Elm Emerald
+Everest Finch Fjord Forest Fountain Fox Galaxy Ginger Glacier Harvest Hawk Heather Hilltop
+Holly Indigo Island Ivory Ivy Jade Jasmine Kestrel Kiwi Lemon Lily Linden Lotus Magnolia
+Mango Marble Mercury Mimosa Mint Moon Mountain Nectar Nest Oak Ocean Olive Onyx Opal Otter
+Owl Palm Panda Peach Pearl Pepper Pine Planet Plum Poppy Prism Rainbow Reef Ridge River
+Robin Rose Ruby Sage Sapphire Shell Silver Snowdrop Spruce Star Stone Storm Sunset Swan
+Tiger Topaz Tulip Valley Violet Walnut Wave Windmill Wolf Wren Yarrow
+""".split()
+PEOPLE_EN = """
+Alice Bernard Clara Daniel Emma Felix Grace Henry Irene Jacob Karen Lucas Monica Nathan
+Olivia Peter Rachel Simon Teresa Victor Wendy Arthur Bella Conrad Adam Agnes Albert Amanda
+Andrew Angela Anna Anton Barbara Beatrice Ben Boris Brian Carla Carmen Caroline Cecil
+Charles Chloe Chris Claire Colin Cora David Dennis Diana Dominic Donna Doris Edgar Edith
+Edward Elena Ellen Elliot Eric Erica Esther Eva Fiona Frances Frank Frederick Gabriel George
+Gerald Gloria Gordon Greta Harold Harriet Harry Heidi Helen Hugo Ian Isabel Ivan Jack James
+Jane Jasmin Jean Jessica Joan Joel John Jonas Joseph Judith Julia Justin Kate Keith Kevin
+Laura Lawrence Leo Leonard Linda Lisa Louis Louise Lydia Maria Martha Martin Mary Matthew
+Maurice Megan Michael Mila Miriam Molly Nancy Naomi Nicholas Nicole Nina Noah Nora Norman
+Owen Pamela Patrick Paula Pauline Philip Ralph Raymond Rebecca Richard Robert Roger Roland
+Ruth Sally Samuel Sandra Sarah Sophie Stanley Susan Sylvia Theodore Thomas Timothy Tina Vera
+Veronica Vincent Viola Walter William Zoe
+""".split()
+ROOMS_JA = """
+もみじ さくら あおば ひかり やまと みなと すみれ つばき かえで わかば 銀河 青空 夕焼け 大地
+若草 白雪 月光 松風 オリオン アルプス プリズム カナリア ひまわり 木もれ日 あかね あさがお
+あじさい あやめ いちょう うぐいす うみ かもめ かわせみ きらら くすのき けやき こすもす
+このは さざなみ しおさい しらかば すずらん せきれい そよかぜ たんぽぽ ちぐさ つばめ つむぎ
+なぎさ なでしこ なのはな はまなす はるか ひばり ふじ ほたる まつ みずうみ みどり めばえ
+やなぎ ゆり よつば れんげ わかたけ 赤松 朝日 天の川 泉 稲穂 海風 梅 大空 丘 風車 花壇 雷鳥
+金星 銀杏 雲海 高原 黒潮 極光 湖畔 木星 彩雲 桜坂 里山 珊瑚 潮騒 七夕 芝桜 春風 白樺 白鳥
+新緑 水星 杉 砂丘 青葉 雪原 蒼天 滝 竹 鶴 天空 灯台 虹 野原 白山 初雪 花火 緑 牧場 岬 港
+麦畑 明星 夜明け 流星 若松 アトラス アネモネ イルカ エコー オーロラ オパール カシオペア
+ガーネット キャンパス クリスタル コスモス サファイア サンゴ シリウス スピカ ダイヤ チェリー
+テラス トパーズ ハーバー パール ヒスイ ビオラ フォレスト プラザ ブリッジ ポプラ マーブル
+ミモザ ミント メープル モミジ ライラック リバー ルビー レモン ローズ
+""".split()
+PEOPLE_JA = """
+佐藤 鈴木 高橋 田中 伊藤 渡辺 山本 中村 小林 加藤 吉田 山田 佐々木 山口 松本 井上 木村 林
+清水 斎藤 池田 橋本 阿部 石川 青木 秋山 浅野 荒井 安藤 五十嵐 石井 石田 石原 市川 今井 岩崎
+岩田 上田 上野 内田 榎本 大石 大久保 大島 大塚 大西 大野 岡本 奥村 小川 小山 尾崎 片山 桂
+川上 川口 川村 菊地 岸 北村 工藤 久保 熊谷 黒田 桑原 小池 小島 後藤 古賀 斉木 酒井 桜井 佐野
+沢田 塩田 柴田 島田 杉山 須藤 関 関口 高木 高田 高野 滝沢 武田 田口 田村 千葉 土屋 堤 徳永
+富田 内藤 永井 永田 中川 中田 中野 中山 成田 西川 西田 新田 野口 野村 萩原 長田 浜田 早川 原
+樋口 平田 平野 広瀬 福井 福島 藤井 藤田 藤本 古川 星野 堀 本田 本間 前田 増田 松井 松岡 松下
+松田 松尾 丸山 三宅 水野 宮崎 宮本 武藤 村田 望月 森 森田 森本 八木 矢野 山内 山崎 山下 山中
+横田 横山 吉川 吉村 和田
+""".split()
 
 NEW_ROOMS_EN = ["Juniper", "Beacon", "Quartz", "Thistle", "Compass", "Marigold", "Sparrow", "Tundra",
                 "Lagoon", "Obsidian", "Hazel", "Nimbus", "Prairie", "Cobalt", "Heron", "Jasper"]  # fmt: skip

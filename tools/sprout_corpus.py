@@ -22,8 +22,7 @@ HELD_OUT_SHARE = 20  # one module in so many is never trained on
 CONSONANTS = "b c d f g h j k l m n p r s t v w z br cl dr fl gr kr pl pr sh sl st th tr".split()
 VOWELS = "a e i o u ai ea ee oa oo ou".split()
 ENDINGS = ["", "", "n", "r", "l", "s", "t", "ck", "m", "nd", "x"]
-HIRAGANA = "あいうえおかきくけこさしすせそたちつてとなにぬねのはひふへほまみむめもやゆよらりるれろわんがぎぐげござじずぜぞだでどばびぶべぼ"
-KATAKANA = "アイウエオカキクケコサシスセソタチツテトナニヌネノハヒフヘホマミムメモヤユヨラリルレロワンガギグゴザジズゼゾダデドバビブベボパピプペポ"
+HIRAGANA = "あいうえおかきくけこさしすせそたちつてとなにぬねのはひふへほまみむめもやゆよらりるれろわんがぎぐげござじずぜぞだでどばびぶべぼぱぴぷぺぽ"
 
 
 def level_one_kanji() -> list[str]:
@@ -39,6 +38,8 @@ def level_one_kanji() -> list[str]:
 
 
 KANJI = level_one_kanji()
+# small kana follow a syllable of the i row: きゃ, シュ
+GLIDES = [(a, small) for a in "きしちにひみりぎじびぴ" for small in "ゃゅょ"]
 
 
 # --- documentation -----------------------------------------------------------------------------
@@ -99,6 +100,11 @@ def documentation_words() -> list[str]:
     return sorted(word for word, count in counts.items() if count >= 5)
 
 
+def katakana(text: str) -> str:
+    """Hiragana as katakana; other characters stay."""
+    return "".join(chr(ord(c) + 0x60) if "ぁ" <= c <= "ゖ" else c for c in text)
+
+
 # --- words that never existed ------------------------------------------------------------------
 
 
@@ -126,11 +132,23 @@ class Words:
         if kind < 0.5:
             return "".join(rng.choice(KANJI) for _ in range(rng.choice((1, 2, 2, 2, 3, 4))))
         if kind < 0.7:
-            return "".join(rng.choice(HIRAGANA) for _ in range(rng.randint(2, 5)))
+            return self.kana()
         if kind < 0.9:
-            word = "".join(rng.choice(KATAKANA) for _ in range(rng.randint(2, 5)))
-            return word + ("ー" if rng.random() < 0.2 else "")
+            return katakana(self.kana())
         return rng.choice(KANJI) + "".join(rng.choice(HIRAGANA) for _ in range(rng.randint(1, 2)))
+
+    def kana(self) -> str:
+        """Two to five syllables of hiragana, with ん, っ, ー and small ゃゅょ as words have them."""
+        rng, text = self.rng, ""
+        for place in range(rng.randint(2, 5)):
+            kind = rng.random()
+            if kind < 0.08:
+                text += "".join(rng.choice(GLIDES))
+            elif kind < 0.3 and place:
+                text += rng.choice("んんっー")
+            else:
+                text += rng.choice(HIRAGANA)
+        return text
 
     def word(self, japanese: bool) -> str:
         """A word; now and then in the other language, or a number."""

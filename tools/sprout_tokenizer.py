@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from sprout_corpus import HIRAGANA, KANJI, KATAKANA, dialogue, documentation, documentation_words
+from sprout_corpus import HIRAGANA, KANJI, dialogue, documentation, documentation_words, katakana
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -28,12 +28,13 @@ TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}"
 )
 CONTEXT = 1024
+SMALL = "ぁぃぅぇぉっゃゅょ"
 
 
 def training_text(seed: int) -> Iterator[str]:
     """Characters first and often, then documentation and dialogue."""
     alone = "\n".join(
-        [*KANJI, *HIRAGANA, *KATAKANA, *"ぁぃぅぇぉっゃゅょァィゥェォッャュョヴー々、。「」・"]
+        [*KANJI, *HIRAGANA, *katakana(HIRAGANA), *SMALL, *katakana(SMALL), *"ゔヴー々、。「」・"]
     )
     for _ in range(1500):
         yield alone
