@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class PeftConfig:
     alpha_pattern: dict[str, float]
     target_modules: str | tuple[str, ...] | None
     base_name: str | None
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def rank_of(self, path: str) -> int:
         """Rank at a module path, patterns counted."""
@@ -77,8 +78,11 @@ class PeftConfig:
         }
 
 
-def read_peft_config(folder: Path) -> PeftConfig:
+def read_peft_config(folder: Path, *, can: Collection[str] = ()) -> PeftConfig:
     """Read and check `adapter_config.json`.
+
+    Args:
+        can: keys of `HARMLESS` that the caller knows how to honour (merging does some).
 
     Raises:
         AdapterError: missing, damaged, not LoRA, or asks for something that is not supported.
@@ -106,7 +110,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
     refused = [
         f"{key} = {raw[key]!r}"
         for key, fine in HARMLESS.items()
-        if key in raw and raw[key] not in fine
+        if key in raw and key not in can and raw[key] not in fine
     ]
     if refused:
         raise AdapterError(f"{path} asks for what is not supported", got="; ".join(refused))
@@ -121,6 +125,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
             alpha_pattern={str(k): float(v) for k, v in (raw.get("alpha_pattern") or {}).items()},
             target_modules=tuple(map(str, targets)) if isinstance(targets, list) else targets,
             base_name=raw.get("base_model_name_or_path"),
+            raw=raw,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise AdapterError(f"{path} is damaged: {error}") from None

@@ -6,6 +6,7 @@ The file may be damaged or edited; whatever does not fit is refused. Knows no te
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,17 @@ from tsugiki.errors import AdapterError, TsugikiError
 from tsugiki.files import read_json
 
 FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Who a base is: name and commit for people, digests of its tensors for us."""
+
+    name: str
+    exact: str
+    rounded: str
+    commit: str | None = None
+    dtype: str | None = None
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -67,3 +79,32 @@ def check_scales(
             got="; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" * (len(changed) > 3)),
             fix="put lora_alpha and use_rslora back, or copy the adapter again",
         )
+
+
+def check_base(
+    saved: Any, base: BaseIdentity | None, folder: Path, *, accept_base: bool
+) -> list[str]:
+    """Notes on a base that is right or accepted.
+
+    Raises:
+        AdapterError: another base, and `accept_base` is false.
+    """
+    if not saved or base is None:
+        return ["base not verified: one of the two carries no fingerprint"]
+    if saved["exact"] == base.exact:
+        return []
+    same_rounded = saved["rounded"] == base.rounded
+    if same_rounded:
+        what = f"the same base in another type ({base.dtype} instead of {saved.get('dtype')})"
+    else:
+        what = "another base: its tensors differ"
+    if accept_base:
+        return [f"accepted by --accept-base: {what}"]
+    raise AdapterError(
+        f"{folder} was trained on {saved['name']}, and {base.name} is {what}",
+        got=f"fingerprint {base.exact[:16]}…",
+        allowed=f"{saved['exact'][:16]}… ({saved['name']}"
+        + (f" at {saved['commit'][:12]})" if saved.get("commit") else ")"),
+        fix="--model with the base it was trained on"
+        + ("; or --accept-base, since only the type differs" if same_rounded else ""),
+    )

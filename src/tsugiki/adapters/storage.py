@@ -26,24 +26,19 @@ from transformers.pytorch_utils import Conv1D
 from tsugiki import __version__
 from tsugiki.adapters.attach import lora_modules, place, refuse_attached
 from tsugiki.adapters.peft_config import PeftConfig, read_peft_config
-from tsugiki.adapters.record import FORMAT_VERSION, check_scales, read_record
+from tsugiki.adapters.record import (
+    FORMAT_VERSION,
+    BaseIdentity as BaseIdentity,
+    check_base,
+    check_scales,
+    read_record,
+)
 from tsugiki.errors import AdapterError
 from tsugiki.files import atomic_folder, sha256_file
 from tsugiki.models.load import check_safetensors
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
-
-
-@dataclass(frozen=True)
-class BaseIdentity:
-    """Who a base is: name and commit for people, digests of its tensors for us."""
-
-    name: str
-    exact: str
-    rounded: str
-    commit: str | None = None
-    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -252,35 +247,6 @@ def read_adapter(
         digest=digest,
     )
     return ReadAdapter(pairs, scales, config.dropout, info)
-
-
-def check_base(
-    saved: Any, base: BaseIdentity | None, folder: Path, *, accept_base: bool
-) -> list[str]:
-    """Notes on a base that is right or accepted.
-
-    Raises:
-        AdapterError: another base, and `accept_base` is false.
-    """
-    if not saved or base is None:
-        return ["base not verified: one of the two carries no fingerprint"]
-    if saved["exact"] == base.exact:
-        return []
-    same_rounded = saved["rounded"] == base.rounded
-    if same_rounded:
-        what = f"the same base in another type ({base.dtype} instead of {saved.get('dtype')})"
-    else:
-        what = "another base: its tensors differ"
-    if accept_base:
-        return [f"accepted by --accept-base: {what}"]
-    raise AdapterError(
-        f"{folder} was trained on {saved['name']}, and {base.name} is {what}",
-        got=f"fingerprint {base.exact[:16]}…",
-        allowed=f"{saved['exact'][:16]}… ({saved['name']}"
-        + (f" at {saved['commit'][:12]})" if saved.get("commit") else ")"),
-        fix="--model with the base it was trained on"
-        + ("; or --accept-base, since only the type differs" if same_rounded else ""),
-    )
 
 
 def _pair_up(

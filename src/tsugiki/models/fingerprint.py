@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 
 from tsugiki.errors import TsugikiError
 from tsugiki.files import atomic_write
-from tsugiki.models.spec import NameMap
 
 VERSION = 1
 BUFFERS = ("attn.bias", "attn.masked_bias", "rotary_emb.inv_freq", "inv_freq")
@@ -36,8 +36,25 @@ class Fingerprint:
     rounded: str
 
 
+class Names(Protocol):
+    """What has to be known of names: `NameMap` from a module tree, or a family's table."""
+
+    def to_module(self, disk: str) -> str | None:
+        """The parameter path that a stored name means; None for buffers."""
+
+    def partner(self, path: str) -> str | None:
+        """The parameter that this one is tied to."""
+
+
 def fingerprint_folder(folder: Path, meta_model: nn.Module) -> Fingerprint:
     """Identity of a model folder; computed once and cached beside size and time of its files."""
+    from tsugiki.models.spec import NameMap  # imports transformers, which merging does without
+
+    return fingerprint_stored(folder, NameMap(meta_model))
+
+
+def fingerprint_stored(folder: Path, names: Names) -> Fingerprint:
+    """The same with names that need no module tree."""
     files = weight_files(folder)
     stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     cache = _cache_file(folder)
@@ -54,14 +71,14 @@ def fingerprint_folder(folder: Path, meta_model: nn.Module) -> Fingerprint:
                 for name in stream.keys():  # noqa: SIM118 (not a dict)
                     yield name, stream.get_tensor(name)
 
-    result = fingerprint_tensors(tensors(), NameMap(meta_model))
+    result = fingerprint_tensors(tensors(), names)
     content = {"version": VERSION, "stamp": stamp, **result.__dict__}
     with contextlib.suppress(TsugikiError):  # a cache that cannot be written only costs time
         atomic_write(cache, json.dumps(content))
     return result
 
 
-def fingerprint_tensors(tensors: Iterable[tuple[str, Tensor]], names: NameMap) -> Fingerprint:
+def fingerprint_tensors(tensors: Iterable[tuple[str, Tensor]], names: Names) -> Fingerprint:
     """Identity of (disk name, tensor) pairs, in any order."""
     lines: dict[str, tuple[str, str]] = {}
     with ThreadPoolExecutor(max_workers=2) as pool:

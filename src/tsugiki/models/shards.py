@@ -1,0 +1,233 @@
+"""A model's safetensors files as they lie on disk: names, types, shapes and byte ranges.
+
+Tensors are views on mapped files, so reading a model of any size costs no memory of its own.
+Imports no transformers; knows no architecture beyond the names of its files.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tsugiki.errors import ModelError
+
+HEADER_LIMIT = 100 << 20  # bytes, the format's own cap
+INDEX = "model.safetensors.index.json"
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file; its bytes are file[begin:end]."""
+
+    name: str
+    file: Path
+    code: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its elements."""
+        return DTYPES[self.code]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: its tensors in the order of their bytes, and its metadata."""
+
+    path: Path
+    tensors: tuple[Stored, ...]
+    metadata: dict[str, str]
+
+
+def read_shard(path: Path, error: type[Exception] = ModelError) -> Shard:
+    """Read a header without trusting it.
+
+    Raises:
+        error: cut short, header too large or not JSON, offsets outside the file, a size that does
+            not fit its shape, a type that is not known. The tensor is named.
+    """
+    if not path.is_file():
+        raise error(f"there is no file {path}")
+    size = path.stat().st_size
+
+    def bad(why: str) -> Exception:
+        return error(f"{path} is not a whole safetensors file: {why}")
+
+    with open(path, "rb") as stream:
+        head = stream.read(8)
+        if len(head) < 8:
+            raise bad(f"{size} bytes")
+        (length,) = struct.unpack("<Q", head)
+        if length > min(HEADER_LIMIT, size - 8):
+            raise bad(f"its header claims {length:,} bytes of {size:,}")
+        try:
+            header = json.loads(stream.read(length))
+        except (ValueError, RecursionError):
+            raise bad("its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise bad("its header is not an object")
+    metadata = header.pop("__metadata__", None) or {}
+    start, found = 8 + length, []
+    for name, entry in header.items():
+        try:
+            begin, end = (int(n) for n in entry["data_offsets"])
+            shape = tuple(int(n) for n in entry["shape"])
+            dtype = DTYPES.get(entry["dtype"])
+        except (KeyError, TypeError, ValueError):
+            raise bad(f"the entry of {name[:80]!r} cannot be read") from None
+        if dtype is None:
+            raise bad(f"{name[:80]!r} has the unknown type {entry['dtype']!r}")
+        count = 1
+        for n in shape:
+            count *= n
+        if min(shape, default=0) < 0 or begin < 0 or start + end > size:
+            raise bad(f"the entry of {name[:80]!r} lies outside the file ({size:,} bytes)")
+        if end - begin != count * dtype.itemsize:
+            raise bad(f"{name[:80]!r} claims {end - begin:,} bytes for shape {list(shape)}")
+        found.append(Stored(name, path, entry["dtype"], shape, start + begin, start + end))
+    found.sort(key=lambda tensor: (tensor.begin, tensor.end))
+    text = {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}
+    return Shard(path, tuple(found), text)
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The files that the index names, else every safetensors file of the model.
+
+    Raises:
+        ModelError: a damaged index, or one that names files outside the folder.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
+    try:
+        names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ModelError(f"{index} cannot be read: {error}") from None
+    outside = [name for name in names if Path(name).name != name]
+    if outside or not names:
+        raise ModelError(f"{index} names no files of its folder", got=", ".join(outside[:3]))
+    return [folder / name for name in sorted(names)]
+
+
+@dataclass
+class StoredModel:
+    """A model folder: config.json as it is, and every tensor by its disk name."""
+
+    folder: Path
+    config: dict[str, Any]
+    shards: tuple[Shard, ...]
+    tensors: dict[str, Stored]
+    _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
+
+    @property
+    def model_type(self) -> str:
+        """The architecture as config.json names it."""
+        return str(self.config.get("model_type"))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def setting(self, name: str) -> Any:
+        """A value of config.json, looked up in its text part first."""
+        text = self.config.get("text_config")
+        if isinstance(text, dict) and name in text:
+            return text[name]
+        return self.config.get(name)
+
+    def bytes_of(self, stored: Stored) -> memoryview:
+        """The stored bytes, read from the mapped file."""
+        return memoryview(self._map(stored.file))[stored.begin : stored.end]
+
+    def tensor(self, name: str) -> Tensor:
+        """A view on the mapped file; never write to it."""
+        return view(self._map(self.tensors[name].file), self.tensors[name])
+
+    def _map(self, path: Path) -> mmap.mmap:
+        if path not in self._maps:
+            self._maps[path] = map_file(path)
+        return self._maps[path]
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """The file as memory; private, since torch wants a buffer that it could write."""
+    with open(path, "rb") as stream:
+        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def view(mapped: mmap.mmap, stored: Stored) -> Tensor:
+    """One tensor of a mapped file, without a copy."""
+    if stored.nbytes == 0:
+        return torch.empty(stored.shape, dtype=stored.dtype)
+    count = stored.nbytes // stored.dtype.itemsize
+    flat = torch.frombuffer(mapped, dtype=stored.dtype, count=count, offset=stored.begin)
+    return flat.reshape(stored.shape)
+
+
+def open_model(folder: Path) -> StoredModel:
+    """Read config and headers of a model folder; no tensor is touched.
+
+    Raises:
+        ModelError: no config.json, no safetensors or only pickled ones, a shard missing, a file
+            that lies, a tensor in two files.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{folder} is not a model folder: it has no config.json",
+            fix="give the folder that holds config.json and *.safetensors",
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} cannot be read: not a JSON object")
+    files = shard_files(folder)
+    if not files:
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        raise ModelError(
+            f"{folder} has only pickled weights, which can run code when loaded"
+            if pickled
+            else f"{folder} has no weights",
+            got=", ".join(pickled[:5]) or None,
+            allowed="*.safetensors",
+            fix="get the safetensors version of this model" if pickled else None,
+        )
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise ModelError(
+            f"{folder} lacks shards that its index names",
+            got=", ".join(absent),
+            fix="run the download again: it goes on where it stopped",
+        )
+    shards = tuple(read_shard(file) for file in files)
+    tensors: dict[str, Stored] = {}
+    for shard in shards:
+        for tensor in shard.tensors:
+            if tensor.name in tensors:
+                raise ModelError(f"{tensor.name} is stored twice in {folder}")
+            tensors[tensor.name] = tensor
+    return StoredModel(folder, config, shards, tensors)
