@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 from families import tiny_model
 from torch import nn
 from transformers import AutoConfig
 
 from tsugiki.adapters.attach import attach, detach
+from tsugiki.adapters.storage import load_adapter, save_adapter
 from tsugiki.adapters.targets import resolve_targets
 from tsugiki.config import LoraConfig
 from tsugiki.errors import AdapterError
@@ -82,6 +86,36 @@ def test_surgery_says_what_it_changed_and_can_be_undone() -> None:
         attach(model, LoraConfig())
     assert detach(model) == [t.path for t in attached.targets]
     assert {name: id(module) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("way", ["attach", "load", "copy"])
+def test_detach_gives_back_the_very_model(way: str, tmp_path: Path) -> None:
+    """Modules, parameters, their gradients' flags and the modes are what they were."""
+    model = tiny_model("gpt2")
+    for number, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(number % 3 != 0)
+    model.transformer.h[1].train()
+
+    def state(of: nn.Module) -> list[object]:
+        return [
+            [(name, type(m), m.training) for name, m in of.named_modules()],
+            [(name, p.requires_grad, p.tolist()) for name, p in of.named_parameters()],
+        ]
+
+    before = state(model)
+    objects = [id(x) for x in (*model.modules(), *model.parameters())]
+    attach(model, LoraConfig(r=2))
+    if way == "load":
+        save_adapter(model, tmp_path / "a")
+        detach(model)
+        load_adapter(model, tmp_path / "a")
+    assert [n for n, p in model.named_parameters() if p.requires_grad and "lora" not in n] == []
+    if way == "copy":
+        model = copy.deepcopy(model)
+    detach(model)
+    assert state(model) == before
+    if way != "copy":
+        assert [id(x) for x in (*model.modules(), *model.parameters())] == objects
 
 
 def test_any_module_can_be_adapted() -> None:

@@ -88,9 +88,11 @@ def place(
         path: LoraLinear(model.get_submodule(path), a, b, scales[path], dropout)
         for path, (a, b) in pairs.items()
     }
+    thawed = tuple(p for p in model.parameters() if p.requires_grad)
     model.requires_grad_(False)
     for path, module in new.items():
-        module.train(model.training)
+        module.thawed = thawed
+        module.train(module.base.training)
         module.lora_A.requires_grad_(trainable)
         module.lora_B.requires_grad_(trainable)
         _set(model, path, module)
@@ -108,10 +110,12 @@ def training_mode(model: nn.Module, on: bool) -> None:
 
 
 def detach(model: nn.Module) -> list[str]:
-    """Put the plain projections back; returns their paths."""
+    """Put the plain projections back and thaw what `attach` froze; returns the paths."""
     found = list(lora_modules(model))
     for path, module in found:
         _set(model, path, module.base)
+        for parameter in module.thawed:
+            parameter.requires_grad_(True)
     return [path for path, _ in found]
 
 

@@ -44,6 +44,7 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.Parameter(b.to(device))
         self.scale = scale
         self.dropout = dropout
+        self.thawed: tuple[nn.Parameter, ...] = ()  # what surgery froze in the whole model
 
     @property
     def weight(self) -> Tensor:
