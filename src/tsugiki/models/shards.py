@@ -1,14 +1,17 @@
 """A model's safetensors files as they lie on disk: names, types, shapes and byte ranges.
 
-Tensors are views on mapped files, so reading a model of any size costs no memory of its own.
-Imports no transformers; knows no architecture beyond the names of its files.
+Tensors are views on mapped files, so reading a model of any size costs no memory of its own; a
+file is written piece by piece and hashed as it goes. Imports no transformers; knows no
+architecture beyond the names of its files.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,3 +234,52 @@ def open_model(folder: Path) -> StoredModel:
                 raise ModelError(f"{tensor.name} is stored twice in {folder}")
             tensors[tensor.name] = tensor
     return StoredModel(folder, config, shards, tensors)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's memory, without a copy where it is contiguous."""
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy().data)
+
+
+class ShardWriter:
+    """One safetensors file, hashed by a second thread while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._hash = hashlib.sha256()
+
+    def __enter__(self) -> ShardWriter:
+        self._stream = open(self.path, "wb", buffering=0)
+        self._pool = ThreadPoolExecutor(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+        self._pool.shutdown()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything written."""
+        return self._hash.hexdigest()
+
+    def header(self, layout: list[Stored], metadata: dict[str, str]) -> None:
+        """Names, types, shapes and offsets, padded to eight bytes as the format wants."""
+        entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+        for tensor in layout:
+            entries[tensor.name] = {
+                "dtype": tensor.code,
+                "shape": list(tensor.shape),
+                "data_offsets": [tensor.begin, tensor.end],
+            }
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self.write(memoryview(len(text).to_bytes(8, "little") + text))
+
+    def write(self, piece: memoryview) -> None:
+        """Append bytes; they may change after this returns."""
+        hashed = self._pool.submit(self._hash.update, piece)
+        done = 0
+        while done < len(piece):
+            done += self._stream.write(piece[done:])
+        hashed.result()
