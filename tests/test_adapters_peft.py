@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from families import FAMILIES, tiny_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tsugiki.adapters.attach import attach, detach, lora_modules
@@ -66,21 +67,55 @@ def test_both_ways(family: str, tmp_path: Path) -> None:
     assert float((logits(ours, ids) - in_peft).abs().max()) <= 2e-5 * effect
 
 
-def test_peft_patterns_and_rslora(tmp_path: Path) -> None:
+PROJECTIONS = ["q_proj", "o_proj", "down_proj"]
+HONOURED = {
+    "patterns": {
+        "target_modules": ["q_proj", "down_proj"], "use_rslora": True,
+        "rank_pattern": {"down_proj": 2, r"layers\.[12]\.self_attn\.q_proj": 3},
+        "alpha_pattern": {"layers.1.self_attn.q_proj": 3, "^model.layers.2.mlp.down_proj": 5},
+    },
+    "excluded by name": {"exclude_modules": ["layers.1.self_attn.q_proj", "down_proj"]},
+    "excluded by pattern": {"exclude_modules": r".*\.(0|2)\.self_attn\..*"},
+    "one layer": {"layers_to_transform": 1},
+    "some layers": {"layers_to_transform": [0, 2], "layers_pattern": "layers"},
+    "layers by several names": {"layers_to_transform": [2], "layers_pattern": ["h", "layers"]},
+    "a pattern": {"target_modules": r"model\.layers\.\d+\.(self_attn\.[qv]|mlp\.up)_proj"},
+    "all-linear": {"target_modules": "all-linear", "exclude_modules": ["gate_proj"]},
+    "ALL-LINEAR": {"target_modules": "ALL-linear"},
+    "gaussian start": {"init_lora_weights": "gaussian"},
+    "orthogonal start": {"init_lora_weights": "orthogonal"},
+    "wrong fan_in_fan_out": {"fan_in_fan_out": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HONOURED)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
+def test_what_a_foreign_config_asks_is_honoured(name: str, tmp_path: Path) -> None:
+    """The same logits as in PEFT, saved again too; one layer less or more is refused."""
+    asked = {"target_modules": PROJECTIONS, "init_lora_weights": False, **HONOURED[name]}
     plain = tiny_model("llama")
-    config = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], use_rslora=True,
-        rank_pattern={"down_proj": 2}, alpha_pattern={"layers.1.self_attn.q_proj": 3},
-        init_lora_weights=False, task_type="CAUSAL_LM",
-    )  # fmt: skip
-    theirs = peft.get_peft_model(copy.deepcopy(plain), config).eval()
-    theirs.save_pretrained(tmp_path / "theirs")
-    ids = torch.randint(0, 320, (1, sum(LENGTHS)))
+    config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **asked)
+    theirs = peft.get_peft_model(copy.deepcopy(plain), config)
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(0, 0.2)
+    folder = tmp_path / "theirs"
+    theirs.save_pretrained(folder)
+    written = json.loads((folder / "adapter_config.json").read_text())
+    if name.lower() == "all-linear":  # PEFT writes the names it found; a hand may leave the word
+        written["target_modules"] = asked["target_modules"]
+        (folder / "adapter_config.json").write_text(json.dumps(written))
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), folder).eval()
+    ids = torch.randint(0, 320, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = solo_forward(theirs, ids, LENGTHS)
     ours = copy.deepcopy(plain)
-    load_adapter(ours, tmp_path / "theirs")
+    load_adapter(ours, folder)
     use_flat_attention(ours)
+    base = solo_forward(plain, ids, LENGTHS)
+    effect = float((expected - base).detach().pow(2).mean().sqrt())
+    assert effect > 0.1
     adapted = logits(ours, ids)
     assert float((adapted - expected).abs().max()) <= 1e-4
 
@@ -88,9 +123,59 @@ def test_peft_patterns_and_rslora(tmp_path: Path) -> None:
     detach(ours)
     load_adapter(ours, tmp_path / "again")
     assert torch.equal(logits(ours, ids), adapted)
+    detach(ours)
     reread = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "again").eval()
     with torch.no_grad():
         assert float((solo_forward(reread, ids, LENGTHS) - expected).abs().max()) <= 1e-4
+
+    path = folder / "adapter_model.safetensors"
+    whole = load_file(path)
+    first = next(iter(whole)).rpartition(".lora_")[0]
+    less = {key: value for key, value in whole.items() if not key.startswith(first)}
+    absent = next(
+        f"base_model.model.{p}.lora_"
+        for p, m in plain.named_modules()
+        if isinstance(m, nn.Linear) and not any(f".{p}.lora" in key for key in whole)
+    )
+    shape = plain.get_submodule(absent[17:-6]).weight.shape
+    more = {
+        **whole,
+        f"{absent}A.weight": torch.zeros(4, shape[1]),
+        f"{absent}B.weight": torch.zeros(shape[0], 4),
+    }
+    for tensors, said in ((less, "the layer is missing"), (more, "does not name")):
+        save_file(tensors, path, metadata={"format": "pt"})
+        with pytest.raises(AdapterError, match=said):
+            load_adapter(ours, folder)
+
+
+REFUSED = {
+    "use_dora": {"use_dora": True},
+    "lora_bias": {"lora_bias": True},
+    "bias": {"bias": "lora_only"},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "trainable_token_indices": {"trainable_token_indices": [1, 2]},
+    "alora_invocation_tokens": {"alora_invocation_tokens": [5, 6]},
+    "layer_replication": {"layer_replication": [[0, 2], [1, 3]]},
+    "target_parameters": {"target_parameters": ["mlp.up_proj.weight"]},
+    "init_lora_weights": {"init_lora_weights": "pissa"},
+    "kasa_config": {"kasa_config": {}},
+    "use_bdlora": {"use_bdlora": {"target_modules_bd_b": PROJECTIONS, "match_strict": False}},
+    "embed_tokens": {"target_modules": ["q_proj", "embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+@pytest.mark.filterwarnings("ignore")
+def test_what_peft_can_and_we_cannot_is_refused_by_name(said: str, tmp_path: Path) -> None:
+    """Adapters that PEFT itself made with these settings."""
+    plain = tiny_model("llama")
+    asked = {"target_modules": PROJECTIONS, **REFUSED[said]}
+    config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **asked)
+    peft.get_peft_model(copy.deepcopy(plain), config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(AdapterError, match=said):
+        load_adapter(plain, tmp_path / "theirs")
+    assert next(lora_modules(plain), None) is None, "the model is untouched"
 
 
 IDENTITY = BaseIdentity("me/base", "a" * 64, "b" * 64, dtype="float32")
@@ -110,7 +195,7 @@ def rewrite(folder: Path, change) -> None:  # type: ignore[no-untyped-def]
     """Change the tensors and make the recorded digest fit again, as a careful liar would."""
     import hashlib
 
-    from safetensors.torch import load_file, save
+    from safetensors.torch import save
 
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -199,21 +284,31 @@ def test_a_damaged_record_is_refused(saved, change) -> None:  # type: ignore[no-
         ("lora_dropout", 1.0, "not a probability"),
         ("target_modules", "(", "not a valid pattern"),
         ("lora_alpha", None, "lora_alpha"),
+        ("target_modules", None, "target_modules"),
         ("use_dora", True, "use_dora"),
         ("modules_to_save", ["lm_head"], "modules_to_save"),
         ("bias", "all", "bias"),
         ("peft_type", "IA3", "only LoRA"),
         ("r", 0, "at least 1"),
+        ("init_lora_weights", "olora", "init_lora_weights"),
+        ("use_a_newer_kind", True, "use_a_newer_kind"),
+        ("use_rslora", "false", "neither true nor false"),
+        ("exclude_modules", "[", "exclude_modules"),
+        ("rank_pattern", {"(": 4}, "rank_pattern"),
+        ("layers_to_transform", [0, "1"], "layers_to_transform"),
+        ("layers_pattern", "layers", "without layers_to_transform"),
+        ("target_modules", [["q_proj"]], "damaged"),
+        ("target_modules", [], "does not name"),
     ],
 )
 def test_foreign_configs_that_cannot_be_honoured(saved, key: str, value, said: str) -> None:  # type: ignore[no-untyped-def]
     model, folder = saved
     (folder / "tsugiki.json").unlink()
     config = json.loads((folder / "adapter_config.json").read_text())
-    if value is None:
-        config["alpha"] = config.pop(key)
-    else:
+    if value is not None:
         config[key] = value
+    elif (was := config.pop(key)) and key == "lora_alpha":
+        config["alpha"] = was  # the usual misspelling
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(AdapterError, match=said):
         load_adapter(model, folder)

@@ -1,24 +1,25 @@
-"""Reads PEFT's `adapter_config.json`: ranks, scales, and what it asks that we cannot do.
+"""Reads PEFT's `adapter_config.json`: ranks, scales, coverage, and what it asks that we cannot do.
 
-Rank and alpha patterns, rsLoRA and Conv1D's transposition are honoured; everything else that
-would change the arithmetic is refused by name. Knows no tensors.
+Rank and alpha patterns, rsLoRA, excluded modules, chosen layers and Conv1D's transposition are
+honoured; everything else that would change the arithmetic is refused by name, and so is a setting
+that is not known here. Knows no tensors.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from tsugiki.errors import AdapterError, TsugikiError
 from tsugiki.files import read_json
 
 # Settings that change the arithmetic in ways not supported here, and the values that do not.
+# The named starts are stored as they ended; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change
+# the base as well.
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "lora_bias": (False, None),
@@ -27,14 +28,28 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "layer_replication": (None, []),
-    "alora_invocation_tokens": (None, []),
+    "alora_invocation_tokens": (None,),
     "use_qalora": (False, None),
     "use_bdlora": (None, False),
     "arrow_config": (None,),
     "kasa_config": (None,),
     "monteclora_config": (None,),
     "velora_config": (None,),
+    "megatron_config": (None,),
+    "ensure_weight_tying": (False, None),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
 }
+HONOURED = {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
+}  # fmt: skip
+# Of how it was made; the stored tensors and their use are the same whatever these say.
+WITHOUT_EFFECT = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
+    "loftq_config", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size",
+    "revision", "runtime_config", "task_type",
+}  # fmt: skip
+EMPTY: tuple[Any, ...] = (None, False, "", [], {})
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,9 @@ class PeftConfig:
     alpha_pattern: dict[str, float]
     target_modules: str | tuple[str, ...] | None
     base_name: str | None
+    exclude_modules: str | tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def rank_of(self, path: str) -> int:
@@ -61,21 +79,31 @@ class PeftConfig:
         alpha = float(_by_pattern(self.alpha_pattern, path, self.alpha))
         return alpha / (math.sqrt(r) if self.rslora else r)
 
-    def expected(self, modules: Mapping[str, nn.Module]) -> set[str]:
-        """Projections of this base that the config says carry an adapter."""
+    def expected(self, paths: Iterable[str], all_linear: Collection[str] = ()) -> set[str]:
+        """Those of a base's module paths that the config says carry an adapter (PEFT's rules).
+
+        Args:
+            all_linear: what the word "all-linear" means on this base.
+
+        Raises:
+            AdapterError: a pattern that is not valid.
+        """
         wanted = self.target_modules
-        if wanted is None or wanted == "all-linear":
-            return set()
-        if isinstance(wanted, str):
-            try:
-                return {path for path in modules if re.fullmatch(wanted, path)}
-            except re.error:
-                raise AdapterError(f"target_modules {wanted!r} is not a valid pattern") from None
-        return {
-            path
-            for path in modules
-            if any(path == name or path.endswith(f".{name}") for name in wanted)
-        }
+        if isinstance(wanted, str) and wanted.lower() == "all-linear":
+            wanted = tuple(all_linear)
+        chosen = {path for path in paths if _named("target_modules", wanted or (), path)}
+        if self.layers:
+            chosen = {path for path in chosen if self._layer_of(path) in self.layers}
+        return {p for p in chosen if not _named("exclude_modules", self.exclude_modules, p)}
+
+    def _layer_of(self, path: str) -> int | None:
+        """The first number in a path that stands after one of the patterns, or after any name."""
+        patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern]
+        for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."]:
+            found = _match(re.match, "layers_pattern", pattern, path)
+            if found:
+                return int(found.group(1))
+        return None
 
 
 def read_peft_config(folder: Path, *, can: Collection[str] = ()) -> PeftConfig:
@@ -110,11 +138,38 @@ def read_peft_config(folder: Path, *, can: Collection[str] = ()) -> PeftConfig:
     refused = [
         f"{key} = {raw[key]!r}"
         for key, fine in HARMLESS.items()
-        if key in raw and key not in can and raw[key] not in fine
+        if key in raw and key not in can and not _is_one_of(raw[key], fine)
     ]
     if refused:
         raise AdapterError(f"{path} asks for what is not supported", got="; ".join(refused))
+    unknown = [
+        f"{key} = {str(value)[:60]!r}"
+        for key, value in raw.items()
+        if key not in HONOURED | WITHOUT_EFFECT | set(HARMLESS) and not _is_one_of(value, EMPTY)
+    ]
+    if unknown:
+        raise AdapterError(
+            f"{path} holds settings that are not known here",
+            got="; ".join(unknown),
+            fix="remove from that file what does not change the arithmetic",
+        )
     targets = raw.get("target_modules")
+    layers, excluded = raw.get("layers_to_transform"), raw.get("exclude_modules")
+    pattern = raw.get("layers_pattern")
+    if targets is None and not raw.get("target_parameters"):
+        raise AdapterError(
+            f"{path} does not name target_modules",
+            fix='add the list of adapted projections, for instance ["q_proj", "v_proj"]',
+        )
+    if isinstance(targets, str) and (layers is not None or pattern is not None):
+        raise AdapterError(
+            f"{path}: layers_to_transform and layers_pattern need target_modules to be a list",
+            got=f"target_modules = {targets[:80]!r}",
+        )
+    if pattern and layers is None:
+        raise AdapterError(f"{path}: layers_pattern without layers_to_transform")
+    if not _is_one_of(raw.get("use_rslora"), (True, False, None)):
+        raise AdapterError(f"{path}: use_rslora is neither true nor false", got=raw["use_rslora"])
     try:
         config = PeftConfig(
             r=int(raw["r"]),
@@ -123,7 +178,10 @@ def read_peft_config(folder: Path, *, can: Collection[str] = ()) -> PeftConfig:
             rslora=bool(raw.get("use_rslora", False)),
             rank_pattern={str(k): int(v) for k, v in (raw.get("rank_pattern") or {}).items()},
             alpha_pattern={str(k): float(v) for k, v in (raw.get("alpha_pattern") or {}).items()},
-            target_modules=tuple(map(str, targets)) if isinstance(targets, list) else targets,
+            target_modules=None if targets is None else _words(targets),
+            exclude_modules=_words(excluded or ()),
+            layers=_indexes(layers),
+            layers_pattern=(pattern,) if isinstance(pattern, str) and pattern else _list(pattern),
             base_name=raw.get("base_model_name_or_path"),
             raw=raw,
         )
@@ -143,12 +201,48 @@ def read_peft_config(folder: Path, *, can: Collection[str] = ()) -> PeftConfig:
     return config
 
 
+def _is_one_of(value: Any, fine: tuple[Any, ...]) -> bool:
+    """Equality that tells False from 0 and True from 1."""
+    return any(type(value) is type(one) and value == one for one in fine)
+
+
+def _words(value: Any) -> str | tuple[str, ...]:
+    """A pattern as it is, or a list of names."""
+    return value if isinstance(value, str) else _list(value)
+
+
+def _list(value: Any) -> tuple[str, ...]:
+    if not all(isinstance(one, str) for one in value or ()) or isinstance(value, dict):
+        raise TypeError(f"{value!r} is not a list of names")
+    return tuple(value or ())
+
+
+def _indexes(value: Any) -> tuple[int, ...]:
+    found = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(one) is int for one in found):
+        raise TypeError(f"layers_to_transform {value!r} is not a list of numbers")
+    return tuple(found)
+
+
+def _named(key: str, words: str | tuple[str, ...], path: str) -> bool:
+    """A string is a pattern for the whole path, a list holds ends of paths, whole components."""
+    if isinstance(words, str):
+        return bool(words) and _match(re.fullmatch, key, words, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in words)
+
+
 def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """PEFT's rule: the first pattern that matches the end of the path, whole components."""
     for pattern, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                return value
-        except re.error:
-            raise AdapterError(f"rank or alpha pattern {pattern!r} is not valid") from None
+        if _match(re.match, "rank_pattern or alpha_pattern", rf"(.*\.)?({pattern})$", path):
+            return value
     return default
+
+
+def _match(
+    how: Callable[[str, str], re.Match[str] | None], key: str, pattern: str, path: str
+) -> re.Match[str] | None:
+    try:
+        return how(pattern, path)
+    except (re.error, RecursionError, OverflowError):
+        raise AdapterError(f"{key}: {pattern[:200]!r} is not a valid pattern") from None

@@ -28,11 +28,14 @@ from tsugiki.adapters.attach import lora_modules, place, refuse_attached
 from tsugiki.adapters.peft_config import PeftConfig, read_peft_config
 from tsugiki.adapters.record import (
     FORMAT_VERSION,
-    BaseIdentity as BaseIdentity,
     check_base,
     check_scales,
     read_record,
 )
+from tsugiki.adapters.record import (
+    BaseIdentity as BaseIdentity,
+)
+from tsugiki.adapters.targets import head_path
 from tsugiki.errors import AdapterError
 from tsugiki.files import atomic_folder, sha256_file
 from tsugiki.models.load import check_safetensors
@@ -287,11 +290,13 @@ def _pair_up(
             for half in ("lora_A", "lora_B")
             if half not in found and not any(w.startswith(f"{PREFIX}{path}.{half}") for w in wrong)
         ]
-    expected = set(record["targets"]) if record else config.expected(modules)
-    wrong += [f"{PREFIX}{path}: the layer is missing" for path in sorted(expected - set(halves))]
     if record:
-        extra = sorted(set(halves) - expected)
-        wrong += [f"{PREFIX}{path}: a layer that was not trained" for path in extra]
+        expected = set(record["targets"])
+    else:
+        expected = config.expected((path for path in modules if path), _all_linear(modules))
+    wrong += [f"{PREFIX}{path}: the layer is missing" for path in sorted(expected - set(halves))]
+    extra = sorted(set(halves) - expected)
+    wrong += [f"{PREFIX}{path}: a layer that the adapter does not name" for path in extra]
     if wrong or not halves:
         shown = wrong[:12] + ([f"… and {len(wrong) - 12} more"] if len(wrong) > 12 else [])
         raise AdapterError(
@@ -304,6 +309,13 @@ def _pair_up(
         check_scales(record["targets"], config, ordered, folder)
     pairs = {path: (halves[path]["lora_A"], halves[path]["lora_B"]) for path in ordered}
     return pairs, {path: config.scale_of(path) for path in ordered}
+
+
+def _all_linear(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Every projection but the output head."""
+    root = modules.get("")
+    head = None if root is None else head_path(root)
+    return [p for p, m in modules.items() if p != head and isinstance(m, nn.Linear | Conv1D)]
 
 
 def _parse_name(name: str) -> tuple[str | None, str | None]:

@@ -50,7 +50,7 @@ class Target:
 
 def candidates(model: nn.Module) -> list[Target]:
     """Every projection that can be adapted, in module order; the output head is left out."""
-    head = _head_path(model)
+    head = head_path(model)
     found = []
     for path, module in model.named_modules():
         if path == head or not path:
@@ -119,7 +119,7 @@ def _last_names(possible: list[Target]) -> list[str]:
 def _why_not(model: nn.Module, name: str, possible: list[Target]) -> str:
     for path, module in model.named_modules():
         if path == name or path.endswith(f".{name}"):
-            if path == _head_path(model):
+            if path == head_path(model):
                 return f"{name}: the output head is not adapted (it may be tied to the embedding)"
             return f"{name}: a {type(module).__name__} is not a linear projection"
     if any(n == name or n.endswith(f".{name}") for n, _ in model.named_parameters()):
@@ -137,7 +137,8 @@ def _refuse_stacked_experts(model: nn.Module, word: str) -> None:
             )
 
 
-def _head_path(model: nn.Module) -> str | None:
+def head_path(model: nn.Module) -> str | None:
+    """Where the output head is, if the model says which module that is."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if getter is not None else None
     if head is None:
