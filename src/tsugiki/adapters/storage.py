@@ -39,6 +39,7 @@ from tsugiki.adapters.targets import head_path
 from tsugiki.errors import AdapterError
 from tsugiki.files import atomic_folder, sha256_file
 from tsugiki.models.load import check_safetensors
+from tsugiki.models.spec import NameMap
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -73,6 +74,7 @@ def save_adapter(
     folder: Path | str,
     *,
     base: BaseIdentity | None = None,
+    names: NameMap | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     chat: dict[str, Any] | None = None,
     training_info: Mapping[str, Any] | None = None,
@@ -83,6 +85,8 @@ def save_adapter(
 
     Args:
         base: who the base is; without it later loads cannot verify it.
+        names: how the base's files name its tensors (`Base.names()`), so that merging finds them
+            without transformers; None: as transformers would write this model.
         chat: the chat format's state, so that chat renders what training saw.
         extra: more for `tsugiki.json` (data fingerprint, scores, lineage, config).
         replace: an existing folder gives way once the new one is whole.
@@ -123,11 +127,12 @@ def save_adapter(
         "use_rslora": False,
         "init_lora_weights": True,
     }
+    disk = _disk_names(model, names)
     record = {
         "format_version": FORMAT_VERSION,
         "base": asdict(base) if base else None,
         "targets": {
-            path: {"r": m.lora_A.shape[0], "scale": m.scale, "disk": f"{path}.weight"}
+            path: {"r": m.lora_A.shape[0], "scale": m.scale, "disk": disk[path]}
             for path, m in modules.items()
         },
         "weights_sha256": hashlib.sha256(content).hexdigest(),
@@ -146,6 +151,19 @@ def save_adapter(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
     return folder
+
+
+def _disk_names(model: nn.Module, names: NameMap | None) -> dict[str, str]:
+    """Path of each adapted projection → the stored name of its weight."""
+    found = {}
+    here = NameMap(model)  # of the adapted tree, where the weight lies one child deeper
+    for path, _ in lora_modules(model):
+        if names is not None:
+            found[path] = names.to_disk(f"{path}.weight")
+        else:
+            written = here.to_disk(f"{path}.base.weight")
+            found[path] = written if written != f"{path}.base.weight" else f"{path}.weight"
+    return found
 
 
 def versions() -> dict[str, str]:

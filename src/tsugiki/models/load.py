@@ -29,7 +29,7 @@ from tsugiki.models.fingerprint import Fingerprint, fingerprint_folder, weight_f
 from tsugiki.models.flat import flat_forward, solo_forward, use_flat_attention, use_own_attention
 from tsugiki.models.hub import ResolvedModel, resolve_model
 from tsugiki.models.isolation import probe_isolation
-from tsugiki.models.spec import ModelSpec, load_config
+from tsugiki.models.spec import ModelSpec, NameMap, load_config
 
 HEADER_LIMIT = 100 << 20  # bytes of a safetensors header, the format's own cap
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -63,6 +63,11 @@ class Base:
     def fingerprint(self) -> Fingerprint:
         """Identity of the stored tensors."""
         return fingerprint_folder(self.folder, self.spec.meta_model())
+
+    def names(self) -> NameMap:
+        """How its parameters are named in its files; only headers are read."""
+        stored = [name for file in weight_files(self.folder) for name in check_safetensors(file)]
+        return NameMap(self.spec.meta_model(), stored)
 
     def forward(self, ids: Tensor, batch: ForwardBatch, logits_at: Tensor | None = None) -> Tensor:
         """Logits (1, n, V) of sequences laid end to end; flat where the model allows it."""

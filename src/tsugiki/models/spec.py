@@ -7,6 +7,7 @@ of adapters or of how weights are loaded.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,12 +167,15 @@ def _build_on_meta(config: PretrainedConfig) -> nn.Module:
 class NameMap:
     """Disk name ↔ module path ↔ tied partner, for one base.
 
-    Built from the module tree. `to_module` takes a name as stored and gives the parameter's path,
-    or None for buffers and left-overs; GPT-2's missing `transformer.` and similar base-model
-    prefixes are understood.
+    Built from the module tree and, where the base's files are known, the names stored in them.
+    GPT-2's missing `transformer.` and similar base-model prefixes are understood.
+
+    Args:
+        model: the base without adapters, on any device.
+        stored: every name in its files; none: the names are those that transformers would write.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, stored: Iterable[str] = ()) -> None:
         self.parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self.prefix = str(getattr(model, "base_model_prefix", ""))
         first: dict[int, str] = {}
@@ -181,19 +185,40 @@ class NameMap:
                 self.tied[name] = first[id(parameter)]
             else:
                 first[id(parameter)] = name
+        self.disk: dict[str, str] = {}
+        for name in sorted(stored):
+            path = self.to_module(name)
+            if path is not None:
+                self.disk.setdefault(path, name)
 
     def to_module(self, disk: str) -> str | None:
-        """The parameter path that a stored name means."""
+        """The parameter path that a stored name means; None for buffers and left-overs."""
         for candidate in (
             disk,
             f"{self.prefix}.{disk}",
             disk.removeprefix(f"{self.prefix}."),
+            disk.removeprefix("language_model."),
+            disk.replace("language_model.model.", "model.language_model.", 1),
             disk.replace("language_model.model.", "model.", 1),
             disk.replace("model.language_model.", "model.", 1),
         ):
             if candidate in self.parameters:
                 return candidate
         return None
+
+    def to_disk(self, path: str) -> str:
+        """The name under which a parameter is stored: its own, else that of a tied partner.
+
+        Raises:
+            ModelError: the files do not hold it.
+        """
+        owner = self.tied.get(path, path)
+        if not self.disk:
+            return owner
+        for candidate in (path, owner, *(p for p, first in self.tied.items() if first == owner)):
+            if candidate in self.disk:
+                return self.disk[candidate]
+        raise ModelError(f"the base's files do not hold {path}", got=f"{len(self.disk)} tensors")
 
     def partner(self, path: str) -> str | None:
         """The parameter that this one is tied to, if it is."""

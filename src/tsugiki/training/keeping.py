@@ -14,7 +14,7 @@ from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import Prepared
 from tsugiki.files import atomic_folder, write_json
 from tsugiki.models.load import Base
-from tsugiki.models.spec import stored_dtype
+from tsugiki.models.spec import NameMap, stored_dtype
 from tsugiki.training.checkpoint import as_os_error
 from tsugiki.training.state import Progress
 
@@ -52,6 +52,7 @@ def keep_state(
     config: RunConfig,
     chat: ChatFormat,
     identity: BaseIdentity,
+    names: NameMap,
     progress: Progress,
     prepared: Prepared,
     info: dict[str, Any],
@@ -75,6 +76,7 @@ def keep_state(
             base.model,
             folder / "adapter",
             base=identity,
+            names=names,
             tokenizer=base.tokenizer,
             chat=chat.state(),
             training_info=record,

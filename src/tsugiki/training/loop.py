@@ -106,7 +106,7 @@ def train(
             accumulation=settings.gradient_accumulation_steps,
             seed=settings.seed,
         )
-        identity = base_identity(base)
+        identity, names = base_identity(base), base.names()
         same = run_identity(config, prepared, identity, total_steps)
         progress = Progress()
         if resume:
@@ -132,7 +132,7 @@ def train(
         def keep(step: int) -> Path:
             """The present state as the run's result."""
             return keep_state(
-                base, folder, config, chat, identity, progress, prepared, info or {}, step
+                base, folder, config, chat, identity, names, progress, prepared, info or {}, step
             )
 
         def save() -> Saved:
