@@ -212,6 +212,50 @@ def chat(
     )
 
 
+Asked = Annotated[str | None, typer.Option("--dtype", help="f32, bf16 or f16; default: the base's")]
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="an adapter folder, or a run folder")],
+    output: Annotated[Path | None, typer.Option(help="folder of the merged model")] = None,
+    dtype: Asked = None,
+    model: Model = None,
+    untie: Annotated[bool, typer.Option("--untie", help="write a tied head apart")] = False,
+    accept_base: Accept = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="leave the proof out")] = False,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into its base, and prove that both compute the same."""
+    from tsugiki.joining import merge_adapter, verify_pair
+
+    terminal = Terminal(as_json=as_json)
+    how: dict[str, Any] = {"model": model, "dtype": dtype, "accept_base": accept_base}
+    merged = merge_adapter(adapter, output, terminal, untie=untie, **how)
+    if not no_verify and not verify_pair(str(adapter), str(merged.folder), terminal, **how):
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    reference: Annotated[str, typer.Argument(metavar="A", help="adapter, run or model folder")],
+    candidate: Annotated[str, typer.Argument(metavar="B", help="what should equal A")],
+    model: Model = None,
+    dtype: Asked = None,
+    max_error: Annotated[float | None, typer.Option(help="of logits, relative to spread")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="limit of the mean KL, in nats")] = None,
+    accept_base: Accept = False,
+    as_json: Json = False,
+) -> None:
+    """Compare two artefacts: settings, tensors, token ids, template, logits."""
+    from tsugiki.joining import verify_pair
+
+    how: dict[str, Any] = {"model": model, "dtype": dtype, "accept_base": accept_base}
+    limits: dict[str, Any] = {"max_error": max_error, "max_kl": max_kl}
+    if not verify_pair(reference, candidate, Terminal(as_json=as_json), **how, **limits):
+        raise typer.Exit(1)
+
+
 def data_show(
     source: Annotated[Path, typer.Argument(metavar="DATA", help="rows: a file or a folder")],
     *,

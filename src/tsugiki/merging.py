@@ -22,19 +22,17 @@ from tokenizers import Tokenizer
 
 from tsugiki import __version__
 from tsugiki.adapters.algebra import Changes, Replaced, merged_blocks, read_changes
+from tsugiki.adapters.origin import identify
 from tsugiki.adapters.record import BaseIdentity, check_base
 from tsugiki.data.templates import FALLBACKS
 from tsugiki.errors import AdapterError, ModelError, RunError, UsageError
-from tsugiki.files import atomic_folder, require_space, sha256_file
+from tsugiki.files import atomic_folder, read_json, require_space, sha256_file
 from tsugiki.models.families import (
-    FAMILIES,
     HEAD,
-    FamilyNames,
     disk_name,
     embedding_name,
     is_tied,
 )
-from tsugiki.models.fingerprint import fingerprint_stored
 from tsugiki.models.shards import (
     DTYPES,
     INDEX,
@@ -108,27 +106,22 @@ def plan_merge(
         UsageError: a type that is not known.
         ModelError, AdapterError: a folder that cannot be used, another base, a tied embedding.
     """
-    if dtype is not None and dtype not in TYPES:
-        raise UsageError(
-            f"--dtype {dtype} is not a type to merge in",
-            allowed="f32, bf16, f16; or nothing, for the base's own",
-        )
+    code = None if dtype is None else type_code(dtype)
     model = open_model(base)
     if model.config.get("quantization_config"):
         raise ModelError(
             f"{base} is quantised: its stored numbers are codes, not weights",
-            fix="--base with the 16-bit original of this model",
+            fix="--model with the 16-bit original of this model",
         )
     changes = read_changes(adapter, model)
     notes = list(changes.notes)
-    identity = _identity(model, name or str(base), commit)
+    identity = identify(model, name or str(base), commit)
     if changes.record is None:
         notes.append(
             "base not verified: the adapter comes from elsewhere, only shapes were checked"
         )
     else:
         notes += check_base(changes.record.get("base"), identity, adapter, accept_base=accept_base)
-    code = TYPES[dtype] if dtype is not None else None
     apart = _must_untie(model, changes)
     if apart and not untie:
         what, other = ("head", "embedding") if HEAD in apart else ("embedding", "head")
@@ -143,6 +136,20 @@ def plan_merge(
     side = sum(file.stat().st_size for file in _beside(base))
     weights = sum(t.end - t.begin for shard in model.shards for t in _layout(plan, shard))
     return MergePlan(model, identity, changes, code, bool(apart), weights + side + (1 << 20), notes)
+
+
+def type_code(dtype: str) -> str:
+    """A type as users write it → as files name it.
+
+    Raises:
+        UsageError: not a type that weights are merged in.
+    """
+    if dtype not in TYPES:
+        raise UsageError(
+            f"--dtype {dtype} is not a type to merge in",
+            allowed="f32, bf16, f16; or nothing, for the base's own",
+        )
+    return TYPES[dtype]
 
 
 def write_merged(plan: MergePlan, output: Path) -> Merged:
@@ -204,22 +211,6 @@ def _held(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _identity(model: StoredModel, name: str, commit: str | None) -> BaseIdentity:
-    """The base's fingerprint, from the families' names or from the module tree."""
-    if model.model_type in FAMILIES:
-        found = fingerprint_stored(model.folder, FamilyNames(model.model_type, is_tied(model)))
-    else:
-        # Only a module tree knows these names, and only transformers can build it.
-        from tsugiki.models.fingerprint import fingerprint_folder
-        from tsugiki.models.spec import ModelSpec
-
-        found = fingerprint_folder(model.folder, ModelSpec.from_folder(model.folder).meta_model())
-    dtype = model.setting("dtype") or model.setting("torch_dtype")
-    return BaseIdentity(
-        name, found.exact, found.rounded, commit, None if dtype is None else str(dtype)
-    )
 
 
 def _must_untie(model: StoredModel, changes: Changes) -> str | None:
@@ -303,7 +294,7 @@ def _beside(folder: Path) -> list[Path]:
 def _write_index(old: Path, new: Path, weight_map: dict[str, str], total: int) -> None:
     if not old.is_file():
         return
-    index = json.loads(old.read_text(encoding="utf-8"))
+    index = read_json(old)
     index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
     index["weight_map"] = dict(sorted(weight_map.items()))
     _dump(new, index)
@@ -313,7 +304,7 @@ def _write_config(plan: MergePlan, path: Path) -> None:
     """config.json with the type and the tie that were written; untouched where both stay."""
     if plan.dtype is None and not plan.untie:
         return
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     parts = [config] + [config["text_config"]] * isinstance(config.get("text_config"), dict)
     if plan.dtype is not None:
         for part in parts:
@@ -330,23 +321,35 @@ def _write_config(plan: MergePlan, path: Path) -> None:
 
 
 def _write_chat(plan: MergePlan, folder: Path) -> None:
-    """The chat template and stop tokens that training used, where the base brings none."""
-    chat = plan.changes.chat
-    if not chat:
-        return
+    """The chat template and stop tokens that training used, where the base brings others."""
+    chat = plan.changes.chat or {}
     template = FALLBACKS.get(str(chat.get("format")))
     if template is not None:
         starts = "true" if _starts_with_bos(folder) else "false"
         template = f"{{%- set starts_with_bos = {starts} -%}}{template}"
+    else:
+        template = _template_of(plan.changes.folder)
+    if template is not None and template != _template_of(folder):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     path = folder / "generation_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     known = config.get("eos_token_id")
     stops = [] if known is None else known if isinstance(known, list) else [known]
     more = [i for i in chat.get("stop_ids", []) if i not in stops]
-    if more or not path.is_file():
+    if more:
         config["eos_token_id"] = [*more, *stops]
         _dump(path, config)
+
+
+def _template_of(folder: Path) -> str | None:
+    """The chat template beside a tokenizer, in either of the places where it may be."""
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    if config.is_file():
+        found = read_json(config).get("chat_template")
+        return found if isinstance(found, str) else None
+    return None
 
 
 def _starts_with_bos(folder: Path) -> bool:
@@ -354,7 +357,7 @@ def _starts_with_bos(folder: Path) -> bool:
     file, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not file.is_file() or not config.is_file():
         return False
-    bos = json.loads(config.read_text(encoding="utf-8")).get("bos_token")
+    bos = read_json(config).get("bos_token")
     text = bos.get("content") if isinstance(bos, dict) else bos
     tokenizer = Tokenizer.from_file(str(file))
     return text is not None and tokenizer.encode("a").ids[:1] == [tokenizer.token_to_id(text)]
@@ -381,6 +384,3 @@ def _write_record(plan: MergePlan, folder: Path, digests: dict[str, str]) -> Non
 
 def _dump(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-__all__ = ["MergePlan", "Merged", "plan_merge", "sweep_left_over", "write_merged"]

@@ -49,16 +49,22 @@ PARTS = {
 class LowRank:
     """W + scale·B·A for one stored matrix.
 
-    left (rows, r) · right (r, columns) has the shape of the stored matrix. magnitude (out,) makes
-    it DoRA; out is the rows, or the columns where `transposed`.
+    a (r, in) and b (out, r). The stored matrix is (out, in), or (in, out) where `transposed`; an
+    embedding's is (vocabulary, width), with in = vocabulary. magnitude (out,) makes it DoRA.
     """
 
     path: str
-    left: Tensor
-    right: Tensor
+    a: Tensor
+    b: Tensor
     scale: float
     transposed: bool
     magnitude: Tensor | None = None
+    embedding: bool = False
+
+    @property
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """(rows, r) and (r, columns), whose product has the shape of the stored matrix."""
+        return (self.a.T, self.b.T) if self.transposed else (self.b, self.a)
 
     def blocks(self, weight: Tensor) -> Iterator[Tensor]:
         """The merged matrix in fp32, some rows at a time.
@@ -82,15 +88,11 @@ class LowRank:
             at += len(block)
             yield block
 
-    def delta(self) -> Tensor:
-        """scale·B·A in the stored order, fp32."""
-        return (self.left.float() @ self.right.float()).mul_(self.scale)
-
     def _sums(self, weight: Tensor) -> Iterator[Tensor]:
-        right = self.right.float()
+        left, right = self.halves[0], self.halves[1].float()
         step = max(1, BLOCK // weight.shape[1])
         for at in range(0, weight.shape[0], step):
-            product = self.left[at : at + step].float() @ right
+            product = left[at : at + step].float() @ right
             yield product.mul_(self.scale).add_(weight[at : at + step].float())
 
 
@@ -302,8 +304,8 @@ class _Reading:
         if embedding and magnitude is not None:
             self.wrong.append(f"{PREFIX}{path}: DoRA on an embedding is not supported")
             return None
-        left, right_half = (a.T, b.T) if transposed else (b, a)
-        return LowRank(path, left, right_half, self.config.scale_of(path), transposed, magnitude)
+        scale = self.config.scale_of(path)
+        return LowRank(path, a, b, scale, transposed, magnitude, embedding)
 
     def _stored(self, name: str) -> Stored:
         """The tensor of that name; a tied head that is not stored is its embedding."""

@@ -1,0 +1,133 @@
+"""`tsugiki merge` and `tsugiki verify`: finds what was named, tells the plan, writes, proves.
+
+The order of the stages and what a user reads between them; the work is in `merging` and `proof/`.
+Merging imports no transformers: the proof, a step of its own, does.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.text import Text
+
+from tsugiki.adapters.origin import adapter_folder, find_base
+from tsugiki.files import human_bytes
+from tsugiki.merging import NAMES, Merged, plan_merge, type_code, write_merged
+from tsugiki.terminal import Terminal
+
+
+def merge_adapter(
+    adapter: Path,
+    output: Path | None,
+    terminal: Terminal,
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    untie: bool = False,
+    accept_base: bool = False,
+) -> Merged:
+    """Merge an adapter into its base and tell what was done.
+
+    Args:
+        adapter: an adapter folder, or a run folder that holds one.
+        output: the new model folder; beside the adapter when None.
+        model: the base; the adapter's own when None.
+
+    Raises:
+        TsugikiError: anything that keeps the merged folder from being right; nothing is written.
+    """
+    folder = adapter_folder(adapter)
+    output = output or default_output(folder)
+    base, notes = find_base(folder, model)
+    began = time.monotonic()
+    plan = plan_merge(
+        folder,
+        base.folder,
+        name=base.name,
+        commit=base.commit,
+        dtype=dtype,
+        untie=untie,
+        accept_base=accept_base,
+    )
+    for note in [*notes, *plan.notes]:
+        terminal.say("note", Text(f"note: {note}", style="yellow"), text=note)
+    read = time.monotonic() - began
+    terminal.say(
+        "merge_plan",
+        f"merging {folder} into {base.name}: {len(plan.changes.by_name)} of "
+        f"{len(plan.base.tensors)} tensors change, {human_bytes(plan.need)} will be written to "
+        f"{output} (base read and known in {read:.1f} s)",
+        base=base.name,
+        changed=len(plan.changes.by_name),
+        need=plan.need,
+        output=str(output),
+    )
+    began = time.monotonic()
+    merged = write_merged(plan, output)
+    seconds = time.monotonic() - began
+    terminal.say(
+        "merged",
+        f"wrote {merged.tensors} tensors, {human_bytes(merged.nbytes)}, in {seconds:.1f} s",
+        folder=str(merged.folder),
+        changed=merged.changed,
+        tensors=merged.tensors,
+        bytes=merged.nbytes,
+        seconds=seconds,
+    )
+    return merged
+
+
+def verify_pair(
+    reference: str,
+    candidate: str,
+    terminal: Terminal,
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    accept_base: bool = False,
+    max_error: float | None = None,
+    max_kl: float | None = None,
+) -> bool:
+    """Compare two artefacts and show the table; true when nothing is beyond its limit.
+
+    Args:
+        reference, candidate: adapter or run folders, model folders, Hub names.
+        model: the base of whichever is an adapter; its own when None.
+        dtype: the type that was asked of the candidate: f32, bf16 or f16.
+        max_error, max_kl: limits of the logits instead of those of the type.
+
+    Raises:
+        TsugikiError: one of the two cannot be read; it is named.
+    """
+    from tsugiki.proof.artefact import open_artefact
+    from tsugiki.proof.verify import verify
+
+    began = time.monotonic()
+    first = open_artefact(reference, model, accept_base=accept_base)
+    second = open_artefact(candidate, model, accept_base=accept_base)
+    asked = None if dtype is None else NAMES[type_code(dtype)]
+    report = verify(first, second, dtype=asked, max_error=max_error, max_kl=max_kl)
+    for note in report.notes:
+        terminal.say("note", Text(f"note: {note}", style="yellow"), text=note)
+    terminal.heading(f"{report.candidate} against {report.reference}")
+    terminal.say("verify", report.table(), **report.data())
+    failed = [check for check in report.checks if not check.ok]
+    seconds = time.monotonic() - began
+    terminal.say(
+        "verdict",
+        Text(f"{len(failed)} of {len(report.checks)} comparisons failed", style="bold red")
+        if failed
+        else Text(f"equal in all {len(report.checks)} comparisons ({seconds:.1f} s)", "green"),
+        ok=report.ok,
+        failed=[check.name for check in failed],
+        seconds=seconds,
+    )
+    return report.ok
+
+
+def default_output(adapter: Path) -> Path:
+    """RUN/merged for a run's adapter, else ADAPTER-merged."""
+    if adapter.name == "adapter":
+        return adapter.parent / "merged"
+    return adapter.with_name(f"{adapter.name}-merged")

@@ -1,0 +1,1 @@
+"""Two artefacts side by side: settings, tensors, token ids, template, logits."""

@@ -1,0 +1,81 @@
+"""What a comparison found: checks with their figures and limits, in the order of blindness.
+
+Each step is blind to what the one before it sees: a norm epsilon hides from logits, a scale hides
+from token ids. Knows no model and no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+# max |difference of logits| / their standard deviation, and mean KL in nats, by stored type.
+# Rounding of the stored weights is what moves them: 2^-24, 2^-11 and 2^-8 of each weight.
+LIMITS = {"float32": (1e-4, 1e-6), "float16": (5e-2, 1e-3), "bfloat16": (3e-1, 1e-2)}
+SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing compared.
+
+    figure, limit: as shown to people. value: the same as a number, where it is one.
+    details: what is wrong, named; one line each.
+    """
+
+    step: str
+    name: str
+    figure: str
+    limit: str
+    ok: bool
+    details: tuple[str, ...] = ()
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was compared of two artefacts."""
+
+    reference: str
+    candidate: str
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether no check failed."""
+        return all(check.ok for check in self.checks)
+
+    def table(self) -> Table:
+        """For people: one row a check, and what is wrong beneath it."""
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for title in ("step", "compared", "found", "limit", ""):
+            table.add_column(title, overflow="fold")
+        for check in self.checks:
+            verdict = Text("ok", "green") if check.ok else Text("FAILED", "bold red")
+            table.add_row(check.step, check.name, Text(check.figure), Text(check.limit), verdict)
+            for line in check.details[:SHOWN]:
+                table.add_row("", Text(line, "red" if not check.ok else "dim"), "", "", "")
+            if len(check.details) > SHOWN:
+                table.add_row("", f"… and {len(check.details) - SHOWN} more", "", "", "")
+        return table
+
+    def data(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "reference": self.reference,
+            "candidate": self.candidate,
+            "ok": self.ok,
+            "checks": [asdict(check) for check in self.checks],
+            "notes": list(self.notes),
+        }
+
+
+def found(step: str, name: str, wrong: Sequence[str], compared: int, what: str) -> Check:
+    """A check that lists what differs; right when nothing does."""
+    figure = f"{len(wrong)} of {compared} {what} differ" if wrong else f"{compared} {what} equal"
+    return Check(step, name, figure, "all equal", not wrong, tuple(wrong), float(len(wrong)))

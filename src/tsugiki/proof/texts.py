@@ -1,0 +1,171 @@
+"""Steps 3 and 4: token ids on nasty strings, and the chat template on conversations.
+
+A tokenizer that lost an added token, or a template that renders another text, gives a model that
+looks whole and answers badly. Knows no tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tsugiki.data.chat import ChatFormat
+from tsugiki.data.formats import Message, RowProblem
+from tsugiki.errors import TsugikiError
+from tsugiki.proof.artefact import Artefact
+from tsugiki.proof.checks import Check, found
+
+STRINGS = (
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\n\n\n",
+    "\t\tx",
+    "a ",
+    " a",
+    "  a  b   c  ",
+    "a\r\nb\rc",
+    "\u00a0x\u3000y",
+    "Hello, world!",
+    "HELLO hello HeLLo",
+    "don't won't it's I'LL",
+    "1234567890 3.14159 1,000,000",
+    "x=1;y+=2;if(x!=y){return[x];}",
+    "def f(a):\n    return a**2\n",
+    "https://example.com/?q=a&b=%20",
+    "吾輩は猫である。名前はまだ無い。",
+    "カタカナ　ひらがな　漢字",
+    "ｱｲｳｴｵ ﾊﾝｶｸ",
+    "「それは、何ですか？」と聞いた。",
+    "東京2024年3月",
+    "한국어 문장입니다",
+    "中文句子，测试。",
+    "Привет, мир",
+    "مرحبا بالعالم",
+    "שלום",
+    "e\u0301 é ﬁ ① Å",
+    "🙂👍🏽👩‍👩‍👧‍👦🇯🇵",
+    "a🙂b 猫🐱",
+    "\u200bzero\u200dwidth\ufeff",
+    "tab\tand\x0bvertical",
+    "<s></s><unk><pad>",
+    "<|im_start|>user\nhi<|im_end|>",
+    "<bos><eos><start_of_turn>",
+    "<|endoftext|>",
+    "[INST] x [/INST]",
+    "<0x0A> ▁ Ġ Ċ",
+    "#" * 40,
+    " " * 33,
+    "ab" * 100,
+    "naïve café — “quotes” … ‘x’",
+    "\\n \\t \\u0041",
+    "{{ x }} {% if %}",
+    "\x00\x01\x7f",
+)
+TALKS: tuple[tuple[Message, ...], ...] = (
+    (Message("user", "Hello"),),
+    (Message("user", "日本の首都はどこですか？"),),
+    (Message("system", "You are terse."), Message("user", "What is 2+2?")),
+    (Message("user", "Hi"), Message("assistant", "Hello!"), Message("user", "  Bye \n")),
+    (
+        Message("system", "あなたは猫です。"),
+        Message("user", "名前は？"),
+        Message("assistant", "まだ無い🐱"),
+        Message("user", "どこで\n生れた？"),
+    ),
+    (Message("user", "🙂 <|im_end|> </s> {{ x }}"),),
+    (Message("user", " "), Message("assistant", "?"), Message("user", "def f():\n    pass")),
+)
+
+
+def compare_tokens(reference: Artefact, candidate: Artefact) -> list[Check]:
+    """The same ids for every string, with and without special tokens, and the same text back."""
+    ours, theirs = reference.chat().tokenizer, candidate.chat().tokenizer
+    strings = [*STRINGS, *_added(ours), *_added(theirs)]
+    strings += [f"a {token} b{token}c" for token in _added(ours)]
+    wrong = []
+    for text in dict.fromkeys(strings):
+        for special in (True, False):
+            a, b = _ids(ours, text, special), _ids(theirs, text, special)
+            if a != b:
+                wrong.append(f"{text[:40]!r}: {b[:12]}, the reference gives {a[:12]}")
+                break
+        else:
+            if ours.decode(_ids(ours, text, False)) != theirs.decode(_ids(theirs, text, False)):
+                wrong.append(f"{text[:40]!r}: the ids read back as another text")
+    missing = [
+        f"added token {token!r}: missing"
+        for token in _added(ours)
+        if token not in theirs.get_vocab()
+    ]
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+    missing += [
+        f"{name}: {getattr(theirs, name)}, the reference has {getattr(ours, name)}"
+        for name in names
+        if getattr(ours, name) != getattr(theirs, name)
+    ]
+    rows = candidate.embedding_rows()
+    if rows is not None and len(theirs) > rows:
+        missing.append(f"the tokenizer has {len(theirs)} tokens, the embedding {rows} rows")
+    if len(ours) != len(theirs):
+        missing.append(f"{len(theirs)} tokens, the reference has {len(ours)}")
+    return [
+        found("3 token ids", "nasty strings", wrong, len(dict.fromkeys(strings)), "strings"),
+        found("3 token ids", "vocabulary", missing, len(_added(ours)) + 6, "facts"),
+    ]
+
+
+def compare_templates(reference: Artefact, candidate: Artefact) -> list[Check]:
+    """The same prompt ids for the same conversations, and the same stop token."""
+    ours, theirs = reference.chat(), candidate.chat()
+    wrong = []
+    for talk in TALKS:
+        a, b = _prompt(ours, talk), _prompt(theirs, talk)
+        if a != b:
+            wrong.append(
+                f"{talk[-1].content[:20]!r} ({len(talk)} turns): {_first_difference(a, b)}"
+            )
+    stop = []
+    if ours.stop_id != theirs.stop_id:
+        stop.append(f"answers end with {theirs.stop_id}, the reference's with {ours.stop_id}")
+    return [
+        found("4 template", "prompts of conversations", wrong, len(TALKS), "prompts"),
+        found("4 template", "stop token", stop, 1, "tokens"),
+    ]
+
+
+def prompts(artefact: Artefact) -> list[list[int]]:
+    """Real prompts for the logits."""
+    chat = artefact.chat()
+    made = [_prompt(chat, talk) for talk in TALKS]
+    return [list(ids) for ids in made if not isinstance(ids, str) and ids]
+
+
+def _prompt(chat: ChatFormat, talk: tuple[Message, ...]) -> list[int] | str:
+    """Ids, or why the template refuses the conversation."""
+    try:
+        return chat.prompt_ids(talk)
+    except (RowProblem, TsugikiError) as error:
+        return f"refused: {str(error)[:80]}"
+
+
+def _first_difference(a: list[int] | str, b: list[int] | str) -> str:
+    if isinstance(a, str) or isinstance(b, str):
+        return f"{b if isinstance(b, str) else 'rendered'}; the reference: " + (
+            a if isinstance(a, str) else "rendered"
+        )
+    at = next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+    return f"other ids from position {at}: {b[at : at + 6]}, the reference gives {a[at : at + 6]}"
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    found: Any = tokenizer(text, add_special_tokens=special)["input_ids"]
+    return list(found)
+
+
+def _added(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [str(token) for token in tokenizer.get_added_vocab()]

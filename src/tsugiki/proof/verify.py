@@ -1,0 +1,52 @@
+"""Two artefacts compared step by step: files, settings, tensors, token ids, template, logits.
+
+Every step runs, whatever the ones before it found, so that one run names all faults.
+"""
+
+from __future__ import annotations
+
+from tsugiki.proof.artefact import Artefact
+from tsugiki.proof.checks import Report
+from tsugiki.proof.logits import compare_logits
+from tsugiki.proof.settings import compare_settings
+from tsugiki.proof.tensors import compare_files, compare_tensors
+from tsugiki.proof.texts import compare_templates, compare_tokens
+
+
+def verify(
+    reference: Artefact,
+    candidate: Artefact,
+    *,
+    dtype: str | None = None,
+    max_error: float | None = None,
+    max_kl: float | None = None,
+    logits: bool = True,
+) -> Report:
+    """Compare a candidate with its reference.
+
+    Args:
+        dtype: the type that was asked of the candidate (float32, bfloat16, float16); what its own
+            record says, or the reference's type, when None.
+        max_error, max_kl: limits of the logits instead of those of the type.
+        logits: whether to load and run both models.
+
+    Raises:
+        TsugikiError: one of them cannot be read.
+    """
+    notes = [*reference.notes, *candidate.notes]
+    if candidate.changes is not None and reference.changes is None:
+        reference, candidate = candidate, reference
+        notes.append(f"{reference.name} is the reference: its adapter gives the exact numbers")
+    record = candidate.record()
+    if dtype is None and record is not None:
+        dtype = record.get("dtype")
+    checks = [
+        *compare_files(candidate),
+        *compare_settings(reference, candidate),
+        *compare_tensors(reference, candidate, dtype),
+        *compare_tokens(reference, candidate),
+        *compare_templates(reference, candidate),
+    ]
+    if logits:
+        checks += compare_logits(reference, candidate, max_error=max_error, max_kl=max_kl)
+    return Report(reference.name, candidate.name, tuple(checks), tuple(notes))
