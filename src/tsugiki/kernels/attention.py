@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsugiki.kernels.batch import ForwardBatch
+from tsugiki.kernels.blocks import block_attention
+
+BLOCKS_FROM = 48  # tokens: below, one call of ATen's attention costs less than several products
 
 
 def packed_attention(
@@ -85,6 +88,9 @@ def causal_attention(
     grouped = q.shape[1] != k.shape[1]
     windowed = window is not None and window < length
     if softcap is None and sinks is None:
+        if length >= BLOCKS_FROM and q.device.type == "cpu":
+            out = block_attention(q, k, v, scale=scale, window=window if windowed else None)
+            return out.transpose(1, 2)
         if not windowed:
             return F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=grouped

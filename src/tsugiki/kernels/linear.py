@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsugiki.kernels.batch import ForwardBatch
+from tsugiki.kernels.dropout import draw_seed, dropped
 
 
 class FrozenWeight(Protocol):
@@ -29,8 +30,8 @@ class FrozenWeight(Protocol):
         """x (…, in) → (…, out), the bias included."""
         ...
 
-    def matmul_t(self, g: Tensor) -> Tensor:
-        """g (…, out) → (…, in)."""
+    def matmul_t(self, g: Tensor, onto: Tensor | None = None) -> Tensor:
+        """g (…, out) → (…, in); added to `onto` in place where given."""
         ...
 
     def rows(self, index: Tensor) -> Tensor:
@@ -65,9 +66,12 @@ class DenseWeight:
         """x (…, in) → (…, out), the bias included."""
         return F.linear(x, self.dense(), self.bias)
 
-    def matmul_t(self, g: Tensor) -> Tensor:
-        """g (…, out) → (…, in)."""
-        return torch.matmul(g, self.dense())
+    def matmul_t(self, g: Tensor, onto: Tensor | None = None) -> Tensor:
+        """g (…, out) → (…, in); added to `onto` in place where given."""
+        if onto is None:
+            return torch.matmul(g, self.dense())
+        onto.view(-1, onto.shape[-1]).addmm_(g.reshape(-1, g.shape[-1]), self.dense())
+        return onto
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows (n, in) of the (out, in) matrix."""
@@ -101,18 +105,26 @@ def grouped_linear(
         weights: p frozen weights.
         adapters: adapters[i][j] is adapter i's term on projection j, or None.
         batch: says which rows belong to which adapter; None (or no `adapters` in it) means
-            adapter 0 on every row.
+            adapter 0 on every row. Dropout only where gradients are recorded.
 
     Returns:
         p tensors (…, out_j) in x's dtype.
     """
     if batch is not None and batch.adapters is not None:
         return _many_adapters(x, weights, adapters, batch)
-    terms = adapters[0] if adapters else [None] * len(weights)
-    return [
-        weight.matmul(x) if term is None else _one(x, weight, term)
-        for weight, term in zip(weights, terms, strict=True)
-    ]
+    terms = list(adapters[0]) if adapters else [None] * len(weights)
+    rates = {term.dropout for term in terms if term is not None}
+    if not torch.is_grad_enabled() or not rates:
+        flat = x.reshape(-1, x.shape[-1])
+        return [
+            _add_term(weight.matmul(x), flat, term)
+            for weight, term in zip(weights, terms, strict=True)
+        ]
+    if len(rates) > 1:  # one mask serves a group, so unequal rates go apart
+        return [grouped_linear(x, [w], [[t]])[0] for w, t in zip(weights, terms, strict=True)]
+    pairs = [tensor for t in terms if t is not None for tensor in (t.A, t.B)]
+    out = _Grouped.apply(x, tuple(weights), tuple(terms), rates.pop(), *pairs)  # type: ignore[no-untyped-call]
+    return list(out)
 
 
 def reference_linear(
@@ -129,70 +141,122 @@ def reference_linear(
     return out
 
 
-def _one(x: Tensor, weight: FrozenWeight, term: LoraTerm) -> Tensor:
-    if not torch.is_grad_enabled():
-        y = weight.matmul(x)
-        return _add_term(y, x, term)
-    mask = None
-    if term.dropout > 0:
-        keep = 1.0 - term.dropout
-        mask = torch.empty_like(x).bernoulli_(keep).div_(keep)
-    out = _LoraProduct.apply(x, term.A, term.B, term.scale, weight, mask)  # type: ignore[no-untyped-call]
-    assert isinstance(out, Tensor)
-    return out
-
-
-def _add_term(y: Tensor, x: Tensor, term: LoraTerm) -> Tensor:
-    flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    shrunk = flat_x @ term.A.to(x.dtype).T
-    flat_y.addmm_(shrunk, term.B.to(x.dtype).T, alpha=term.scale)
+def _add_term(y: Tensor, x: Tensor, term: LoraTerm | None) -> Tensor:
+    """y (…, out) plus the term of x (T, in), in place."""
+    if term is not None:
+        shrunk = x @ term.A.to(x.dtype).T
+        y.view(-1, y.shape[-1]).addmm_(shrunk, term.B.to(x.dtype).T, alpha=term.scale)
     return y
 
 
-class _LoraProduct(torch.autograd.Function):
-    """Frozen product + LoRA with a lean saved set: x (or its dropped form) and S = x·Aᵀ.
+@dataclass(frozen=True)
+class Shrunk:
+    """The terms of one group on one input: S = dropout(x)·[A_1; …; A_p]ᵀ and what made it.
 
-    dS = s·dY·B is computed once and used twice; the LoRA part is accumulated into the frozen
-    product's buffer. (LoRAFusion, arXiv:2510.00206, splits the graph at S in the same way.)
+    x (T, in), a (R, in) in x's type, s (T, R), columns: those of each term, in order.
+    """
+
+    x: Tensor
+    a: Tensor
+    s: Tensor
+    columns: tuple[slice, ...]
+    rate: float
+    seed: int
+
+    def input(self) -> Tensor:
+        """The input as the terms saw it."""
+        return self.x if self.rate == 0 else dropped(self.x, self.rate, self.seed)
+
+    def add_grad_x(self, grad_x: Tensor, grad_s: Tensor) -> Tensor:
+        """grad_x (T, in) plus the terms' part, in place."""
+        if self.rate == 0:
+            return grad_x.addmm_(grad_s, self.a)
+        part = grad_s @ self.a
+        return grad_x.add_(dropped(part, self.rate, self.seed, out=part))
+
+
+def grow(
+    x: Tensor, terms: Sequence[LoraTerm | None], outputs: Sequence[Tensor], rate: float
+) -> Shrunk:
+    """Adds each term of x (T, in) to its output (T, out) in place; all A in one product."""
+    matrices = [term.A.to(x.dtype) for term in terms if term is not None]
+    a = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+    seed = draw_seed() if rate > 0 else 0
+    s = (x if rate == 0 else dropped(x, rate, seed)) @ a.T
+    columns, at = [], 0
+    for term, y in zip(terms, outputs, strict=True):
+        if term is not None:
+            part = slice(at, at + term.A.shape[0])
+            y.addmm_(s[:, part], term.B.to(x.dtype).T, alpha=term.scale)
+            columns.append(part)
+            at = part.stop
+    return Shrunk(x, a, s, tuple(columns), rate, seed)
+
+
+def grad_shrunk(group: Shrunk, terms: Sequence[LoraTerm | None], grads: Sequence[Tensor]) -> Tensor:
+    """dS (T, R) = s·dY·B of each output's dY (T, out)."""
+    grad_s = torch.empty_like(group.s)
+    places = iter(group.columns)
+    for term, grad in zip(terms, grads, strict=True):
+        if term is not None:
+            shrunk = grad @ term.B.to(grad.dtype)
+            torch.mul(shrunk, term.scale, out=grad_s[:, next(places)])
+    return grad_s
+
+
+def pair_gradients(
+    group: Shrunk, terms: Sequence[LoraTerm | None], grads: Sequence[Tensor], grad_s: Tensor
+) -> list[Tensor]:
+    """[dA_1, dB_1, dA_2, …] of dY (T, out) of each output and of dS (T, R)."""
+    grad_a = grad_s.T @ group.input()
+    places, out = iter(group.columns), []
+    for term, grad in zip(terms, grads, strict=True):
+        if term is not None:
+            part = next(places)
+            grad_b = (grad.T @ group.s[:, part]).to(term.B.dtype).mul_(term.scale)
+            out += [grad_a[part].to(term.A.dtype), grad_b]
+    return out
+
+
+class _Grouped(torch.autograd.Function):
+    """Frozen products + LoRA with a lean saved set: x and S, never a mask.
+
+    x is read once for all A of the group; dS = s·dY·B is computed once and used twice; everything
+    is accumulated into the frozen products' buffers. (LoRAFusion, arXiv:2510.00206, splits the
+    graph at S in the same way.) One dropout mask serves the whole group.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        a: Tensor,
-        b: Tensor,
-        scale: float,
-        weight: FrozenWeight,
-        mask: Tensor | None,
-    ) -> Tensor:
-        dropped = x if mask is None else x * mask
-        a_low, b_low = a.to(x.dtype), b.to(x.dtype)
-        flat = dropped.reshape(-1, x.shape[-1])
-        shrunk = flat @ a_low.T  # (T, r)
-        y = weight.matmul(x)
-        y.view(-1, y.shape[-1]).addmm_(shrunk, b_low.T, alpha=scale)
-        ctx.save_for_backward(flat, shrunk, a, b, *([] if mask is None else [mask]))
-        ctx.scale, ctx.weight, ctx.has_mask = scale, weight, mask is not None
-        return y
+        weights: tuple[FrozenWeight, ...],
+        terms: tuple[LoraTerm | None, ...],
+        rate: float,
+        *pairs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        flat = x.reshape(-1, x.shape[-1])
+        out = [weight.matmul(flat) for weight in weights]
+        group = grow(flat, terms, out, rate)
+        ctx.save_for_backward(flat, group.a, group.s, *pairs)
+        ctx.weights, ctx.terms, ctx.shape = weights, terms, x.shape
+        ctx.layout = (group.columns, rate, group.seed)
+        return tuple(y.view(*x.shape[:-1], -1) for y in out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flat, shrunk, a, b, *rest = ctx.saved_tensors
-        grad = grads[0]
-        flat_grad = grad.reshape(-1, grad.shape[-1])
-        dtype = flat.dtype
-        grad_shrunk = (flat_grad @ b.to(dtype)).mul_(ctx.scale)  # (T, r)
-        grad_b = (flat_grad.T @ shrunk).to(b.dtype).mul_(ctx.scale)
-        grad_a = (grad_shrunk.T @ flat).to(a.dtype)
+        flat, a, s, *_ = ctx.saved_tensors
+        group = Shrunk(flat, a, s, *ctx.layout)
+        flat_grads = [g.reshape(-1, g.shape[-1]) for g in grads]
+        grad_s = grad_shrunk(group, ctx.terms, flat_grads)
+        pair_grads = pair_gradients(group, ctx.terms, flat_grads, grad_s)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = ctx.weight.matmul_t(grad)
-            if ctx.has_mask:
-                grad_x = grad_x.addcmul_((grad_shrunk @ a.to(dtype)).view_as(grad_x), rest[0])
-            else:
-                grad_x.view(-1, grad_x.shape[-1]).addmm_(grad_shrunk, a.to(dtype))
-        return grad_x, grad_a, grad_b, None, None, None
+            for weight, grad in zip(ctx.weights, flat_grads, strict=True):
+                grad_x = weight.matmul_t(grad, grad_x)
+            assert grad_x is not None
+            grad_x = group.add_grad_x(grad_x, grad_s).view(ctx.shape)
+        return grad_x, None, None, None, *pair_grads
 
 
 def _many_adapters(

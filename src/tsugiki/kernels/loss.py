@@ -1,0 +1,122 @@
+"""Cross entropy of the head's rows in chunks: no logits and no probabilities are kept.
+
+The gradient with respect to the hidden rows is computed in the forward pass, chunk by chunk, so
+memory is one chunk's logits and time is one product each way. Only rows that carry a label should
+come here. (The idea is that of Wijmans et al. 2024, arXiv:2411.09009, and Liger's fused linear
+cross entropy, arXiv:2410.10989.) Knows no model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tsugiki.kernels.linear import FrozenWeight
+
+CHUNK = 40_000_000  # logits of one chunk: enough rows for a full-speed product
+CACHED = 1 << 19  # fp32 logits of one softmax block
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden rows into logits: c·tanh(x / c) for x = scale · (W·h + b)."""
+
+    weight: FrozenWeight
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, head: Head, targets: Tensor, factor: float = 1.0
+) -> Tensor:
+    """factor · sum over rows of −log p(target), nats, fp32.
+
+    Args:
+        hidden: (n, k).
+        head: frozen.
+        targets: (n,) token ids.
+        factor: such as 1 / labels of the step; here it costs no second rounding of the gradient,
+            which a product with the returned sum would.
+    """
+    needs = hidden.requires_grad and torch.is_grad_enabled()
+    out = _Chunked.apply(hidden, head, targets, factor, needs)  # type: ignore[no-untyped-call]
+    assert isinstance(out, Tensor)
+    return out
+
+
+def reference_cross_entropy(
+    hidden: Tensor, head: Head, targets: Tensor, factor: float = 1.0
+) -> Tensor:
+    """The plain meaning of `chunked_cross_entropy`."""
+    logits = head.weight.matmul(hidden) * head.scale
+    if head.softcap is not None:
+        logits = torch.tanh(logits / head.softcap) * head.softcap
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return factor * F.cross_entropy(logits.to(wide), targets, reduction="sum")
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Head, targets: Tensor, factor: float, needs: bool
+    ) -> Tensor:
+        rows, vocab = hidden.shape[0], head.weight.shape[0]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        grad = torch.empty_like(hidden) if needs else None
+        pieces = max(1, -(-rows * vocab // CHUNK))
+        size = max(1, -(-rows // pieces))
+        few = max(1, CACHED // vocab)
+        for begin in range(0, rows, size):
+            part = slice(begin, min(begin + size, rows))
+            logits = head.weight.matmul(hidden[part])
+            wanted = targets[part]
+            for at in range(0, logits.shape[0], few):
+                block = logits[at : at + few].to(wide, copy=True)
+                total += _softmax_block(block, wanted[at : at + few], head, needs)
+                if needs:
+                    logits[at : at + few] = block.mul_(factor)
+            if grad is not None:
+                grad[part] = head.weight.matmul_t(logits)
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        return total * factor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        # in fp32: a factor rounded to bf16 would bend every gradient alike
+        return (grad.to(grads[0].dtype) * grads[0]).to(grad.dtype), None, None, None, None
+
+
+def _softmax_block(x: Tensor, targets: Tensor, head: Head, needs: bool) -> Tensor:
+    """Sum of −log p(target); with `needs`, x (n, V) becomes d loss / d (W·h) in place.
+
+    Wide, because of the target's entry p − 1: rounded before the subtraction, p near one loses it.
+    """
+    if head.scale != 1.0:
+        x.mul_(head.scale)
+    slope = None
+    if head.softcap is not None:
+        x.div_(head.softcap).tanh_()
+        if needs:
+            slope = 1 - x.square()  # d softcap·tanh(x / softcap) / dx
+        x.mul_(head.softcap)
+    index = targets[:, None]
+    best = x.amax(dim=-1, keepdim=True)
+    picked = x.gather(1, index) - best
+    x.sub_(best).exp_()
+    sums = x.sum(dim=-1, keepdim=True)
+    loss = (sums.log() - picked).sum()
+    if needs:
+        x.div_(sums)
+        x.scatter_add_(1, index, torch.full_like(picked, -1.0))
+        if slope is not None:
+            x.mul_(slope)
+        if head.scale != 1.0:
+            x.mul_(head.scale)
+    return loss
