@@ -29,6 +29,7 @@ from tsugiki.training.checkpoint import newest_whole, save_checkpoint
 from tsugiki.training.report import write_report
 from tsugiki.training.schedule import learning_rate
 from tsugiki.training.simple import train
+from tsugiki.training.step import decay_groups
 from tsugiki.training.watch import Watch
 
 
@@ -132,17 +133,18 @@ def test_the_report_escapes_and_stands_alone(tmp_path: Path) -> None:
             tmp_path, metrics.METRICS, 0, "train", step=step, loss=2.0 / step, lr=0.1, grad_norm=1.0
         )
     metrics.write(tmp_path, metrics.SAMPLES, 0, "sample", step=2, prompt="<i>", text="</pre>猫&")
-    page = write_report(tmp_path).read_text(encoding="utf-8")
+    page = write_report(tmp_path, "stopped & <so>").read_text(encoding="utf-8")
     assert page.count("<svg") == 3
     assert "&lt;/pre&gt;猫&amp;" in page
     assert "2.5000" in page
+    assert "stopped &amp; &lt;so&gt;" in page
     for absent in ("<script", "<i>", "<b>&lt;b", "http:", "https:", "src="):
         assert absent not in page, absent
 
 
 def test_norms_and_biases_do_not_decay() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
-    matrices, others = loop.decay_groups(dict(model.named_parameters()), 0.1)
+    matrices, others = decay_groups(dict(model.named_parameters()), 0.1)
     assert (matrices["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     assert [p.dim() for p in matrices["params"]] == [2]
     assert [p.dim() for p in others["params"]] == [1, 1, 1]

@@ -1,10 +1,12 @@
-"""What a run keeps: its result folder, and the identity that a resume must match.
+"""What a run keeps: its result folder, its report, and the identity that a resume must match.
 
 Knows adapters and models' files, not the loop.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ from tsugiki.adapters.storage import BaseIdentity, save_adapter, versions
 from tsugiki.config import RunConfig
 from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import Prepared
+from tsugiki.errors import DiskError, NonFiniteError, TsugikiError
 from tsugiki.files import atomic_folder, write_json
 from tsugiki.models.load import Base
 from tsugiki.models.spec import NameMap, stored_dtype
 from tsugiki.training.checkpoint import as_os_error
+from tsugiki.training.report import write_report
 from tsugiki.training.state import Progress
 
 # What may differ on resume: it shapes what is shown and saved, not what is computed.
@@ -30,7 +34,7 @@ def base_identity(base: Base) -> BaseIdentity:
 
 
 def run_identity(
-    config: RunConfig, prepared: Prepared, identity: BaseIdentity, total_steps: int
+    config: RunConfig, prepared: Prepared, identity: BaseIdentity, total_steps: int, world: int
 ) -> dict[str, Any]:
     """What must be equal when a run goes on."""
     plain = config.model_dump(mode="json")
@@ -38,12 +42,44 @@ def run_identity(
         "data": prepared.fingerprint,
         "base": identity.exact,
         "steps": total_steps,
+        **({"ranks": world} if world > 1 else {}),
     }
     for section in ("lora", "train"):
         for key, value in plain[section].items():
             if key not in FREE_ON_RESUME:
                 same[f"{section}.{key}"] = value
     return same
+
+
+@contextlib.contextmanager
+def told(folder: Path, writes: bool) -> Iterator[None]:
+    """However a run ends, its report is written as far as the disk allows.
+
+    Errors that a user mends say how to go on from what is in `folder`.
+    """
+    ended = "finished"
+    try:
+        yield
+    except (DiskError, NonFiniteError) as error:
+        ended = error.problem
+        fix = (
+            f"free some space or mend the folder, then: tsugiki train --resume {folder}"
+            if isinstance(error, DiskError)
+            else f"{error.fix}; the last good state is in {folder}"
+        )
+        raise type(error)(error.problem, got=error.got, fix=fix) from error
+    except BaseException as error:
+        ended = error.problem if isinstance(error, TsugikiError) else type(error).__name__
+        raise
+    finally:
+        if writes:
+            report(folder, ended)
+
+
+def report(folder: Path, ended: str) -> None:
+    """Write the report; a disk that does not take it stops nothing."""
+    with contextlib.suppress(TsugikiError, OSError):
+        write_report(folder, ended)
 
 
 def keep_state(
@@ -56,12 +92,11 @@ def keep_state(
     progress: Progress,
     prepared: Prepared,
     info: dict[str, Any],
-    step: int,
 ) -> Path:
     """Write the present state as the run's result: an adapter folder, or a whole model."""
     record = {
         "base_model": identity.name,
-        "step": step,
+        "step": progress.step,
         "held_out_loss_before": progress.first_held_out,
         "held_out_loss": progress.best_loss,
         "rows": prepared.counts,

@@ -1,28 +1,30 @@
 """The training loop: one function, read from top to bottom, that tells what it does as events.
 
-LoRA or full fine-tuning; the loss is summed and divided by the labelled tokens of the whole
-optimiser step. Knows no command line and prints nothing.
+LoRA or full fine-tuning, alone or as one of several ranks; the arithmetic of a step is step.py's.
+Knows no command line and prints nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tsugiki.adapters.attach import attach, training_mode
 from tsugiki.config import RunConfig
-from tsugiki.data.chat import ChatFormat
+from tsugiki.data.chat import ChatFormat, Example
 from tsugiki.data.dataset import Prepared
 from tsugiki.data.loader import Loader
 from tsugiki.device import Decisions
-from tsugiki.errors import DiskError, Interrupted, NonFiniteError, RunError
+from tsugiki.errors import Interrupted, RunError
 from tsugiki.files import RunLock, atomic_write, sweep_temporary, write_json
 from tsugiki.models.load import Base
 from tsugiki.training import metrics
@@ -38,13 +40,14 @@ from tsugiki.training.events import (
     Saved,
     TrainResult,
 )
-from tsugiki.training.keeping import base_identity, keep_state, run_identity
+from tsugiki.training.keeping import base_identity, keep_state, report, run_identity, told
 from tsugiki.training.objective import held_out_loss, summed_loss
-from tsugiki.training.report import write_report
+from tsugiki.training.ranks import ranks
 from tsugiki.training.samples import answer_all, choose_prompts
 from tsugiki.training.schedule import learning_rate
-from tsugiki.training.signals import Signals
+from tsugiki.training.signals import Signals, Stopped
 from tsugiki.training.state import Progress, pack, unpack
+from tsugiki.training.step import make_optimizer, not_finite, optimiser_step
 from tsugiki.training.watch import Watch
 
 
@@ -80,196 +83,189 @@ def train(
     """
     settings = config.train
     model, device = base.model, base.device
-    if not resume and folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
+    among = ranks(device)
+    if among.first and not resume and _holds_a_run(folder):
         raise RunError(
             f"the output folder {folder} exists already",
             fix=f"--resume {folder} goes on with it; or choose another --output",
         )
-    with RunLock(folder), Signals() as signals:
-        torch.manual_seed(settings.seed)
+    with RunLock(folder) if among.first else contextlib.nullcontext():
+        torch.manual_seed(settings.seed + among.rank)  # dropout differs between ranks
         if settings.method == "lora":
             generator = torch.Generator().manual_seed(settings.seed)
             attach(model, config.lora, generator=generator)
         else:
             model.requires_grad_(True)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.AdamW(
-            decay_groups(trained, settings.weight_decay or 0.0),
-            lr=0.0,
-            fused=device.type in ("cpu", "cuda"),
-        )
+        optimizer = make_optimizer(trained, settings.weight_decay or 0.0, device)
         assert settings.batch_size is not None
         assert settings.gradient_accumulation_steps is not None
         loader = Loader(
             prepared.train,
             micro_batch=settings.batch_size,
-            accumulation=settings.gradient_accumulation_steps,
+            accumulation=settings.gradient_accumulation_steps * among.world,
             seed=settings.seed,
         )
         identity, names = base_identity(base), base.names()
-        same = run_identity(config, prepared, identity, total_steps)
+        same = run_identity(config, prepared, identity, total_steps, among.world)
         progress = Progress()
         if resume:
-            sweep_temporary(folder)
             found, notes = newest_whole(folder / "checkpoints")
             if found is not None:
                 refuse_changes(found.state["identity"], same)
                 progress = unpack(
-                    found.tensors, found.state, trained, optimizer, loader, str(device)
+                    found.tensors, found.state, trained, optimizer, loader, str(device), among
                 )
             else:
                 notes.append("no whole checkpoint yet: beginning again from step 0")
             yield Resumed(progress.step, tuple(notes))
-        else:
-            atomic_write(folder / "config.yaml", config.to_yaml())
-            write_json(folder / "decisions.json", decisions.to_json())
-        progress.segment = metrics.next_segment(folder)
-        segment, began, tokens_before = progress.segment, time.monotonic(), progress.tokens
+        if among.first:
+            sweep_temporary(folder)
+            if not resume:
+                atomic_write(folder / "config.yaml", config.to_yaml())
+                write_json(folder / "decisions.json", decisions.to_json())
+            progress.segment = metrics.next_segment(folder)
+        began, tokens_before = time.monotonic(), progress.tokens
         seconds_before = progress.seconds
+        saved = (progress.step, progress.evaluated, progress.sampled) if progress.step else None
         watch = Watch(total_steps)
         prompts = choose_prompts(settings.sample_prompt, prepared, base.tokenizer)
 
-        def keep(step: int) -> Path:
-            """The present state as the run's result."""
-            return keep_state(
-                base, folder, config, chat, identity, names, progress, prepared, info or {}, step
-            )
+        def write(name: str, kind: str, **values: Any) -> None:
+            """A line of the run's own records."""
+            if among.first:
+                metrics.write(folder, name, progress.segment, kind, step=progress.step, **values)
 
-        def save() -> Saved:
+        def keep() -> None:
+            """The present state becomes the run's result."""
+            if among.first:
+                keep_state(
+                    base, folder, config, chat, identity, names, progress, prepared, info or {}
+                )
+
+        def save() -> Iterator[Event]:
+            nonlocal saved
+            now = (progress.step, progress.evaluated, progress.sampled)
+            if saved == now:
+                return
             progress.seconds = seconds_before + time.monotonic() - began
-            tensors, state = pack(trained, optimizer, loader, progress, str(device))
+            tensors, state = pack(trained, optimizer, loader, progress, str(device), among)
             state["identity"] = same
-            try:
+            if among.first:
                 path = save_checkpoint(folder / "checkpoints", progress.step, tensors, state)
-            except DiskError as error:
-                raise DiskError(
-                    error.problem,
-                    got=error.got,
-                    fix=f"free some space, then: tsugiki train --resume {folder}",
-                ) from None
-            return Saved(progress.step, path)
+                report(folder, f"at step {progress.step} of {total_steps}")
+                yield Saved(progress.step, path)
+            saved = now
 
         def evaluate() -> Iterator[Event]:
-            loss = held_out_loss(base, prepared.held_out)
+            with breaking_off():
+                loss = among.sum(held_out_loss(base, prepared.held_out) if among.first else 0.0)
             if not math.isfinite(loss):
-                _not_finite(progress.step, "the held-out loss", [], folder)
-            first = progress.first_held_out is None
-            if first:
+                raise not_finite(progress.step, "the held-out loss", [])
+            if progress.first_held_out is None:
                 progress.first_held_out = loss
             best = progress.best_loss is None or loss < progress.best_loss
             if best:
                 progress.best_loss, progress.best_step, progress.since_best = loss, progress.step, 0
-                keep(progress.step)
+                keep()
             else:
                 progress.since_best += 1
-            metrics.write(
-                folder, metrics.METRICS, segment, "held_out",
-                step=progress.step, loss=loss, best=best,
-            )  # fmt: skip
+            progress.evaluated = progress.step
+            write(metrics.METRICS, "held_out", loss=loss, best=best)
             yield Evaluated(progress.step, loss, best)
             for text in watch.evaluated(loss):
                 yield Advice(text)
 
         def sample() -> Iterator[Event]:
-            for prompt, text in answer_all(base, chat, prompts):
-                metrics.write(
-                    folder, metrics.SAMPLES, segment, "sample",
-                    step=progress.step, prompt=prompt, text=text,
-                )  # fmt: skip
+            with breaking_off():
+                answers = answer_all(base, chat, prompts) if among.first else []
+            progress.sampled = progress.step
+            for prompt, text in answers:
+                write(metrics.SAMPLES, "sample", prompt=prompt, text=text)
                 yield Sampled(progress.step, prompt, text)
-
-        if progress.step == 0:
-            if prepared.held_out:
-                yield from evaluate()
-            yield from sample()
-            yield save()
 
         def patience_is_out() -> bool:
             return 0 < (settings.early_stopping or 0) <= progress.since_best
 
-        while progress.step < total_steps and not patience_is_out():
-            training_mode(model, True)
-            step = progress.step + 1
-            data = next(loader)
-            rate = learning_rate(
-                step, total_steps, settings.learning_rate or 0.0,
-                settings.warmup_ratio or 0.0, settings.scheduler or "constant",
-            )  # fmt: skip
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.zero_grad(set_to_none=False)
-            total_labels = max(1, count_targets(data.passes))
-            step_loss = 0.0
-            for examples in data.passes:
-                loss, _ = summed_loss(base, examples)
-                step_loss += float(loss.detach()) / total_labels
-                if not math.isfinite(step_loss):
-                    _not_finite(step, "the loss", [], folder)
-                (loss / total_labels).backward()  # type: ignore[no-untyped-call]
-            norm = gradient_norm(trained)
-            if not math.isfinite(norm):
-                wrong = [n for n, p in trained.items() if not _finite_grad(p)]
-                _not_finite(step, "the gradient", wrong, folder)
-            norms = None
-            logs = step % (settings.log_every or 1) == 0 or step in (1, total_steps)
-            if settings.show_grad_norms and logs:
-                norms = {n: float(p.grad.norm()) for n, p in trained.items() if p.grad is not None}
-            clip(trained, norm, settings.max_grad_norm)
-            optimizer.step()
+        def loss_of(examples: Sequence[Example]) -> tuple[Tensor, int]:
+            return summed_loss(base, examples)
 
-            progress.step = step
-            progress.tokens += data.tokens
-            progress.last_loss = step_loss
-            progress.log_loss += step_loss * total_labels
-            progress.log_labels += total_labels
-            for text in watch.step(step, step_loss):
-                yield Advice(text)
-            if logs:
-                seconds = max(time.monotonic() - began, 1e-9)
-                speed = (progress.tokens - tokens_before) / seconds
-                done = progress.tokens / step
-                eta = (total_steps - step) * done / speed if speed > 0 else None
-                mean = progress.log_loss / progress.log_labels
-                progress.log_loss, progress.log_labels = 0.0, 0
-                event = Logged(
-                    step, total_steps, data.epoch, mean, rate, norm, speed,
-                    memory_in_use(device), eta, norms,
+        with told(folder, among.first), Signals() as signals:
+            # Ranks break nothing off by themselves: the others would wait for them for ever.
+            breaking_off = signals.breaking_off if among.world == 1 else contextlib.nullcontext
+            while True:
+                # What is due at this step. A run that was stopped here does what it had not done.
+                step = progress.step
+                over = step >= total_steps
+                with contextlib.suppress(Stopped):
+                    due = over or step % (settings.eval_every or total_steps) == 0
+                    if due and prepared.held_out and progress.evaluated < step:
+                        yield from evaluate()
+                    over = over or patience_is_out()
+                    due = over or step in (0, total_steps // 2)
+                    if due and progress.sampled < step:
+                        yield from sample()
+                over = over and progress.sampled == step
+                stop = among.sum(signals.received or 0) > 0
+                if over or stop or step % (settings.save_every or total_steps) == 0:
+                    yield from save()
+                if over:
+                    break
+                if stop:
+                    raise Interrupted(
+                        f"stopped at step {step} of {total_steps}; everything is saved",
+                        signals.received or signal.SIGTERM,
+                        f"tsugiki train --resume {folder}",
+                    )
+                # One optimiser step.
+                step += 1
+                data = next(loader)
+                rate = learning_rate(
+                    step, total_steps, settings.learning_rate or 0.0,
+                    settings.warmup_ratio or 0.0, settings.scheduler or "constant",
                 )  # fmt: skip
-                metrics.write(
-                    folder, metrics.METRICS, segment, "train", step=step, epoch=data.epoch,
-                    loss=mean, lr=rate, grad_norm=norm, tokens_per_second=speed,
-                    memory_bytes=event.memory_bytes,
-                    **({} if norms is None else {"grad_norms": norms}),
+                logs = step % (settings.log_every or 1) == 0 or step in (1, total_steps)
+                training_mode(model, True)
+                done = optimiser_step(
+                    step, data.passes, loss_of, trained, optimizer, rate=rate, ranks=among,
+                    max_grad_norm=settings.max_grad_norm,
+                    all_norms=settings.show_grad_norms and logs,
                 )  # fmt: skip
-                yield event
-            last = step == total_steps
-            if prepared.held_out and (last or step % (settings.eval_every or total_steps) == 0):
-                yield from evaluate()
-                last = last or patience_is_out()
-            if step == total_steps // 2 and not last:
-                yield from sample()
-            if last or step % (settings.save_every or total_steps) == 0 or signals.received:
-                yield save()
-            if last:
-                break
-            if signals.received:
-                write_report(folder)
-                raise Interrupted(
-                    f"stopped at step {step} of {total_steps}; everything is saved",
-                    signals.received,
-                    f"tsugiki train --resume {folder}",
+                progress.step = step
+                progress.tokens += data.tokens
+                progress.last_loss = done.loss
+                progress.log_loss += done.loss * done.labels
+                progress.log_labels += done.labels
+                for text in watch.step(step, done.loss):
+                    yield Advice(text)
+                if logs:
+                    seconds = max(time.monotonic() - began, 1e-9)
+                    speed = (progress.tokens - tokens_before) / seconds
+                    each = progress.tokens / step
+                    eta = (total_steps - step) * each / speed if speed > 0 else None
+                    mean = progress.log_loss / progress.log_labels
+                    progress.log_loss, progress.log_labels = 0.0, 0
+                    memory = memory_in_use(device)
+                    write(
+                        metrics.METRICS, "train", epoch=data.epoch, loss=mean, lr=rate,
+                        grad_norm=done.norm, tokens_per_second=speed, memory_bytes=memory,
+                        **({} if done.norms is None else {"grad_norms": done.norms}),
+                    )  # fmt: skip
+                    yield Logged(
+                        step, total_steps, data.epoch, mean, rate, done.norm, speed, memory, eta,
+                        done.norms,
+                    )  # fmt: skip
+            stopped_by = "all steps done"
+            if patience_is_out():
+                stopped_by = f"early stopping: no better held-out loss {progress.since_best} times"
+            training_mode(model, False)
+            if not prepared.held_out:
+                progress.best_step = progress.step
+                keep()
+            if progress.first_held_out is not None and progress.best_step == 0:
+                yield Advice(
+                    "training never improved the held-out loss: the kept state is the start"
                 )
-        stopped_by = "all steps done"
-        if patience_is_out():
-            stopped_by = f"early stopping: no better held-out loss {progress.since_best} times"
-        training_mode(model, False)
-        if not prepared.held_out:
-            progress.best_step = progress.step
-            keep(progress.step)
-        yield from sample()
-        if progress.first_held_out is not None and progress.best_step == 0:
-            yield Advice("training never improved the held-out loss: the kept state is the start")
-        write_report(folder)
         yield Finished(
             TrainResult(
                 progress.step,
@@ -285,49 +281,8 @@ def train(
         )
 
 
-def decay_groups(trained: dict[str, nn.Parameter], decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices decay, norms' weights and biases do not (all of LoRA decays)."""
-    matrices = [p for p in trained.values() if p.dim() > 1]
-    others = [p for p in trained.values() if p.dim() <= 1]
-    groups = ({"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0})
-    return [group for group in groups if group["params"]]
-
-
-def count_targets(passes: tuple[tuple[Any, ...], ...]) -> int:
-    """Labels that are predicted: a document's first token never is."""
-    return sum(
-        sum(label != -100 for label in example.labels[1:])
-        for examples in passes
-        for example in examples
-    )
-
-
-def gradient_norm(trained: dict[str, nn.Parameter]) -> float:
-    """Global L2 norm of all gradients, in fp32."""
-    grads = [p.grad for p in trained.values() if p.grad is not None]
-    norms: list[Tensor] = list(torch._foreach_norm(grads))
-    return float(torch.stack([n.float() for n in norms]).norm())
-
-
-def clip(trained: dict[str, nn.Parameter], norm: float, limit: float) -> None:
-    """Scale gradients in place so that their global norm is at most `limit` (0: never)."""
-    if limit > 0 and norm > limit:
-        factor = limit / (norm + 1e-6)
-        torch._foreach_mul_([p.grad for p in trained.values() if p.grad is not None], factor)
-
-
-def _finite_grad(parameter: nn.Parameter) -> bool:
-    return parameter.grad is None or bool(torch.isfinite(parameter.grad).all())
-
-
-def _not_finite(step: int, what: str, names: list[str], folder: Path) -> None:
-    raise NonFiniteError(
-        f"{what} of step {step} is NaN or inf; nothing was updated with it",
-        got=", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-        if names
-        else None,
-        fix=f"a lower --learning-rate, or --dtype float32; the last good state is in {folder}",
-    )
+def _holds_a_run(folder: Path) -> bool:
+    return folder.exists() and any(path.name != ".lock" for path in folder.iterdir())
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -36,8 +36,8 @@ pre{white-space:pre-wrap;word-break:break-word;margin:0;font-size:13px}
 """
 
 
-def write_report(folder: Path) -> Path:
-    """Write `folder/report.html` from what the run has written so far."""
+def write_report(folder: Path, ended: str) -> Path:
+    """Write `folder/report.html` from what the run has written; `ended` says how it ended."""
     lines = metrics.read(folder)
     samples = metrics.read(folder, metrics.SAMPLES)
     train = [(x["step"], x["loss"]) for x in lines if x["kind"] == "train"]
@@ -50,7 +50,7 @@ def write_report(folder: Path) -> Path:
         "<!doctype html><html lang=en><meta charset=utf-8>",
         "<meta name=viewport content='width=device-width,initial-scale=1'>",
         f"<title>{_text(folder.name)}</title><style>{STYLE}</style>",
-        f"<h1>{_text(folder.name)}</h1><p class=sub>tsugiki training report</p>",
+        f"<h1>{_text(folder.name)}</h1><p class=sub>tsugiki training report: {_text(ended)}</p>",
         _summary(train, held),
         "<h2>Loss <span class=sub>nats per trained token: "
         "<span class=fa>●</span> training, held out in orange</span></h2>",

@@ -1,23 +1,28 @@
 """`tsugiki.train`: an adapter on any causal model with rows that are already examples.
 
-The same loss and optimiser as a full run, without folders and checkpoints. Knows no files.
+The objective, schedule and step of a full run, without folders and checkpoints. Knows no files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tsugiki.adapters.attach import lora_modules, training_mode
+from tsugiki.data.chat import IGNORED, Example
 from tsugiki.data.loader import Loader
-from tsugiki.errors import AdapterError, DataError, NonFiniteError, UsageError
+from tsugiki.errors import AdapterError, DataError, UsageError
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.models.flat import flat_forward, use_flat_attention
-from tsugiki.training.loop import clip, gradient_norm
-from tsugiki.training.objective import flatten
+from tsugiki.models.load import Base
+from tsugiki.training.objective import summed_loss
+from tsugiki.training.ranks import ranks
 from tsugiki.training.schedule import learning_rate as rate_at
+from tsugiki.training.step import make_optimizer, optimiser_step
 
 
 def train(
@@ -50,8 +55,6 @@ def train(
         UsageError: steps below 1.
         NonFiniteError: NaN or inf, before the update.
     """
-    from tsugiki.data.chat import Example
-
     if next(lora_modules(model), None) is None:
         raise AdapterError("no adapter is attached", fix="tsugiki.attach(model, LoraConfig())")
     if steps < 1:
@@ -59,46 +62,46 @@ def train(
     examples = tuple(
         Example(tuple(ids), tuple(labels), f"row {i}") for i, (ids, labels) in enumerate(rows, 1)
     )
-    if not any(label != -100 for e in examples for label in e.labels[1:]):
+    if not any(label != IGNORED for e in examples for label in e.labels[1:]):
         raise DataError("no row has a label that can be trained")
     use_flat_attention(model)
+    bare = _Bare(model)
     torch.manual_seed(seed)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(list(trained.values()), lr=0.0, weight_decay=weight_decay)
+    optimizer = make_optimizer(trained, weight_decay, bare.device)
+    among = ranks(bare.device)
     loader = Loader(
-        examples, micro_batch=batch_size, accumulation=gradient_accumulation_steps, seed=seed
+        examples,
+        micro_batch=batch_size,
+        accumulation=gradient_accumulation_steps * among.world,
+        seed=seed,
     )
-    device = next(model.parameters()).device
     training_mode(model, True)
     losses = []
     for step in range(1, steps + 1):
-        passes = next(loader).passes
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, steps, learning_rate, warmup_ratio, scheduler)
-        optimizer.zero_grad(set_to_none=False)
-        flat = [flatten(one, device) for one in passes]
-        count = max(1, sum(len(targets) for _, _, _, targets in flat))
-        total = 0.0
-        for ids, batch, places, targets in flat:
-            loss = _loss(model, ids, batch, places, targets) / count
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        norm = gradient_norm(trained)
-        if not (torch.isfinite(torch.tensor([total, norm])).all()):
-            raise NonFiniteError(f"loss or gradient of step {step} is NaN or inf")
-        clip(trained, norm, max_grad_norm)
-        optimizer.step()
-        losses.append(total)
+        done = optimiser_step(
+            step, next(loader).passes,
+            lambda passed: summed_loss(cast(Base, bare), passed), trained, optimizer,
+            rate=rate_at(step, steps, learning_rate, warmup_ratio, scheduler),
+            max_grad_norm=max_grad_norm, ranks=among,
+        )  # fmt: skip
+        losses.append(done.loss)
     training_mode(model, False)
     return losses
 
 
-def _loss(
-    model: nn.Module,
-    ids: torch.Tensor,
-    batch: ForwardBatch,
-    places: torch.Tensor,
-    targets: torch.Tensor,
-) -> torch.Tensor:
-    logits = flat_forward(model, ids, batch, logits_at=places)[0]
-    return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+@dataclass(frozen=True)
+class _Bare:
+    """What the objective asks of a base, for a model that came without folder and tokenizer."""
+
+    model: nn.Module
+    flat: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(self.model.parameters()).device
+
+    def forward(self, ids: Tensor, batch: ForwardBatch, logits_at: Tensor | None = None) -> Tensor:
+        """Logits (1, n, V) of sequences laid end to end."""
+        return flat_forward(self.model, ids, batch, logits_at=logits_at)

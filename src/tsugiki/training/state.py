@@ -13,16 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from tsugiki.data.loader import Loader
+from tsugiki.training.ranks import Ranks
 
 
 @dataclass
 class Progress:
-    """Counters of a run. Losses are nats per labelled token; log_* since the last log line."""
+    """Counters of a run. Losses are nats per labelled token; log_* since the last log line.
+
+    evaluated, sampled: the last step whose held-out loss or samples were done.
+    """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     segment: int = 0
+    evaluated: int = -1
+    sampled: int = -1
     first_held_out: float | None = None
     best_loss: float | None = None
     best_step: int = 0
@@ -38,11 +44,16 @@ def pack(
     loader: Loader,
     progress: Progress,
     device: str,
+    ranks: Ranks,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything that the next step depends on."""
-    tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
+    states = {"cpu": torch.get_rng_state()}
     if device.startswith("cuda"):
-        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    tensors: dict[str, Tensor] = {}
+    for place, state in states.items():
+        for rank, one in enumerate(ranks.gather(state)):
+            tensors[f"rng.{place}.{rank}"] = one
     for name, parameter in trained.items():
         tensors[f"weights.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -57,6 +68,7 @@ def unpack(
     optimizer: torch.optim.Optimizer,
     loader: Loader,
     device: str,
+    ranks: Ranks,
 ) -> Progress:
     """The inverse of `pack`, onto fresh objects of the same run."""
     with torch.no_grad():
@@ -70,8 +82,8 @@ def unpack(
                     moments[key] = value.clone().to(place)
             if moments:
                 optimizer.state[parameter] = moments
-    torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+    torch.set_rng_state(tensors[f"rng.cpu.{ranks.rank}"])
+    if device.startswith("cuda"):
+        torch.cuda.set_rng_state(tensors[f"rng.cuda.{ranks.rank}"], device)
     loader.load_state_dict(state["loader"])
     return Progress(**state["progress"])

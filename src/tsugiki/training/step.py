@@ -1,0 +1,134 @@
+"""One optimiser step: the loss of all its labelled tokens, one clipped AdamW update.
+
+The loss is summed over passes and ranks and divided by the labelled tokens of the whole step, so
+that every token weighs the same however it was batched. The loop and `tsugiki.train` both step
+through here. Knows no files and no model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tsugiki.data.chat import IGNORED, Example
+from tsugiki.errors import NonFiniteError
+from tsugiki.training.ranks import Ranks
+
+# Examples of one pass → their summed loss in nats, and the number of its labels.
+LossOf = Callable[[Sequence[Example]], tuple[Tensor, int]]
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """loss: nats per labelled token. norm: of all gradients before clipping."""
+
+    loss: float
+    labels: int
+    norm: float
+    norms: dict[str, float] | None
+
+
+def make_optimizer(
+    trained: dict[str, nn.Parameter], decay: float, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) with torch's fused update where it has one."""
+    fused = device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(decay_groups(trained, decay), lr=0.0, fused=fused)
+
+
+def optimiser_step(
+    number: int,
+    passes: Sequence[Sequence[Example]],
+    loss_of: LossOf,
+    trained: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    *,
+    rate: float,
+    max_grad_norm: float,
+    ranks: Ranks,
+    all_norms: bool = False,
+) -> Stepped:
+    """Forward and backward over this rank's passes, then one update.
+
+    Args:
+        number: of the step, for messages.
+        passes: of all ranks together.
+        all_norms: also the norm of every tensor's gradient.
+
+    Raises:
+        NonFiniteError: NaN or inf in the loss or a gradient; no weight was touched.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=False)
+    own = ranks.share(passes)
+    labels = max(1, int(ranks.sum(count_targets(own))))
+    total = 0.0
+    for examples in own:
+        loss, _ = loss_of(examples)
+        (loss / labels).backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach()) / labels
+    total = ranks.sum(total)
+    if not math.isfinite(total):
+        raise not_finite(number, "the loss", [])
+    ranks.sum_gradients(trained)
+    norm = gradient_norm(trained)
+    if not math.isfinite(norm):
+        wrong = [n for n, p in trained.items() if not _finite_grad(p)]
+        raise not_finite(number, "the gradient", wrong)
+    norms = None
+    if all_norms:
+        norms = {n: float(p.grad.norm()) for n, p in trained.items() if p.grad is not None}
+    clip(trained, norm, max_grad_norm)
+    optimizer.step()
+    return Stepped(total, labels, norm, norms)
+
+
+def decay_groups(trained: dict[str, nn.Parameter], decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices decay, norms' weights and biases do not (all of LoRA decays)."""
+    matrices = [p for p in trained.values() if p.dim() > 1]
+    others = [p for p in trained.values() if p.dim() <= 1]
+    groups = ({"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
+
+
+def count_targets(passes: Sequence[Sequence[Example]]) -> int:
+    """Labels that are predicted: a document's first token never is."""
+    return sum(
+        sum(label != IGNORED for label in example.labels[1:])
+        for examples in passes
+        for example in examples
+    )
+
+
+def gradient_norm(trained: dict[str, nn.Parameter]) -> float:
+    """Global L2 norm of all gradients, in fp32."""
+    grads = [p.grad for p in trained.values() if p.grad is not None]
+    norms: list[Tensor] = list(torch._foreach_norm(grads))
+    return float(torch.stack([n.float() for n in norms]).norm())
+
+
+def clip(trained: dict[str, nn.Parameter], norm: float, limit: float) -> None:
+    """Scale gradients in place so that their global norm is at most `limit` (0: never)."""
+    if limit > 0 and norm > limit:
+        factor = limit / (norm + 1e-6)
+        torch._foreach_mul_([p.grad for p in trained.values() if p.grad is not None], factor)
+
+
+def not_finite(number: int, what: str, names: list[str]) -> NonFiniteError:
+    """The error that names a step, and the tensors where they are known."""
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return NonFiniteError(
+        f"{what} of step {number} is NaN or inf; nothing was updated with it",
+        got=", ".join(names[:6]) + more if names else None,
+        fix="a lower --learning-rate, or --dtype float32",
+    )
+
+
+def _finite_grad(parameter: nn.Parameter) -> bool:
+    return parameter.grad is None or bool(torch.isfinite(parameter.grad).all())
