@@ -305,7 +305,8 @@ def _write_config(plan: MergePlan, path: Path) -> None:
     if plan.dtype is None and not plan.untie:
         return
     config = read_json(path)
-    parts = [config] + [config["text_config"]] * isinstance(config.get("text_config"), dict)
+    text = config.get("text_config")
+    parts = [config, text] if isinstance(text, dict) else [config]
     if plan.dtype is not None:
         for part in parts:
             for key in ("dtype", "torch_dtype"):

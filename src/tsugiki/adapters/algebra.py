@@ -259,6 +259,9 @@ class _Reading:
         present = {change.path.removesuffix(".weight") for change in found.values()}
         missing = sorted(self._expected() - present - set(self.low))
         self.wrong += [f"{PREFIX}{path}: the layer is missing" for path in missing]
+        paths = {module_path(name, self.model.model_type) for name in self.model.tensors} | {HEAD}
+        lost = sorted(p for p in paths - set(self.whole) if self._is_saved(p))
+        self.wrong += [f"{PREFIX}{path}: missing, of modules_to_save" for path in lost]
         if self.record is not None:
             extra = sorted(set(self.low) - set(self.record["targets"]))
             self.wrong += [f"{PREFIX}{path}: a layer that was not trained" for path in extra]
@@ -330,9 +333,9 @@ class _Reading:
         return found
 
     def _is_saved(self, path: str) -> bool:
-        module = path.rpartition(".")[0]
+        """Whether modules_to_save names the module; PEFT takes any path that ends so."""
         saved = self.config.raw.get("modules_to_save") or []
-        return any(module == name or module.endswith(f".{name}") for name in saved)
+        return path.rpartition(".")[0].endswith(tuple(map(str, saved)))
 
     def _compare_with_base(self, name: str, parameter: str, tensor: Tensor) -> None:
         """PEFT copies an adapted embedding along; it must be the base's own."""

@@ -26,12 +26,14 @@ class Difference:
     """How far a tensor is from its reference.
 
     worst: largest error in units of what rounding allows. coefficient: ⟨q, w⟩ / ⟨w, w⟩. effect: the
-    same for the adapter's part alone: 1 when it was applied once. low: its fp32 values are bf16's.
+    same for the adapter's part alone: 1 when it was applied once. scale: the adapter's. low: its
+    fp32 values are bf16's.
     """
 
     worst: float
     coefficient: float
     effect: float | None
+    scale: float
     finite: bool
     low: bool
 
@@ -44,8 +46,10 @@ class Difference:
             words.append(f"the adapter's part {self.effect:.3f} times")
             if abs(self.effect) < 0.02 and abs(self.coefficient - 1) < 0.1:
                 words.append("the adapter is not in it")
-            elif abs(self.effect - 2) < 0.02:
+            elif self.scale != 1 and abs(self.effect / self.scale - 1) < 0.02:
                 words.append("the scale was applied twice")
+            elif abs(self.effect - 2) < 0.02:
+                words.append("it was merged twice")
         if self.low:
             words.append("float32 values that were rounded to bfloat16")
         return f"error {self.worst:.3g} times the rounding; " + ", ".join(words)
@@ -139,7 +143,8 @@ def compare_one(mine: Entry, other: Entry) -> Difference | None:
         )
     effect = float(sums[2] / sums[3]) if mine.change is not None and sums[3] > 0 else None
     coefficient = float(sums[0] / sums[1]) if sums[1] > 0 else float(sums[4] == 0)
-    return Difference(worst, coefficient, effect, finite, low and worst > 1)
+    scale = mine.change.scale if isinstance(mine.change, LowRank) else 1.0
+    return Difference(worst, coefficient, effect, scale, finite, low and worst > 1)
 
 
 def _side_by_side(

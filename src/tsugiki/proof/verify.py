@@ -5,8 +5,11 @@ Every step runs, whatever the ones before it found, so that one run names all fa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from tsugiki.errors import TsugikiError
 from tsugiki.proof.artefact import Artefact
-from tsugiki.proof.checks import Report
+from tsugiki.proof.checks import Check, Report
 from tsugiki.proof.logits import compare_logits
 from tsugiki.proof.settings import compare_settings
 from tsugiki.proof.tensors import compare_files, compare_tensors
@@ -29,9 +32,6 @@ def verify(
             record says, or the reference's type, when None.
         max_error, max_kl: limits of the logits instead of those of the type.
         logits: whether to load and run both models.
-
-    Raises:
-        TsugikiError: one of them cannot be read.
     """
     notes = [*reference.notes, *candidate.notes]
     if candidate.changes is not None and reference.changes is None:
@@ -40,13 +40,21 @@ def verify(
     record = candidate.record()
     if dtype is None and record is not None:
         dtype = record.get("dtype")
-    checks = [
-        *compare_files(candidate),
-        *compare_settings(reference, candidate),
-        *compare_tensors(reference, candidate, dtype),
-        *compare_tokens(reference, candidate),
-        *compare_templates(reference, candidate),
+    steps: list[tuple[str, Callable[[], list[Check]]]] = [
+        ("0 files", lambda: compare_files(candidate)),
+        ("1 settings", lambda: compare_settings(reference, candidate)),
+        ("2 tensors", lambda: compare_tensors(reference, candidate, dtype)),
+        ("3 token ids", lambda: compare_tokens(reference, candidate)),
+        ("4 template", lambda: compare_templates(reference, candidate)),
     ]
     if logits:
-        checks += compare_logits(reference, candidate, max_error=max_error, max_kl=max_kl)
+        limits = {"max_error": max_error, "max_kl": max_kl}
+        steps.append(("5 logits", lambda: compare_logits(reference, candidate, **limits)))
+    checks: list[Check] = []
+    for step, compare in steps:
+        try:
+            checks += compare()
+        except TsugikiError as error:  # a step that cannot be made must not hide the others
+            lines = tuple(line.strip() for line in str(error).split("\n"))
+            checks.append(Check(step, "can be read", "no", "yes", False, lines))
     return Report(reference.name, candidate.name, tuple(checks), tuple(notes))
