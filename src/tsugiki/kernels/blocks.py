@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = (
-    128  # queries of one block: smaller wastes less above the diagonal, larger products run faster
-)
-KEEP = (
-    768  # longest sequence whose probabilities are kept: beyond, they outgrow the other activations
-)
+# Queries of one block: fewer waste less above the diagonal, more make faster products.
+BLOCK = 128
+# Tokens: probabilities of longer sequences would outgrow all other activations.
+KEEP = 768
 
 
 def block_attention(

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from tsugiki.kernels.attention import packed_attention
 from tsugiki.kernels.batch import ForwardBatch
+from tsugiki.kernels.loss import Head, chunked_cross_entropy
 
 NAME = "tsugiki"
 
@@ -91,6 +93,45 @@ def flat_forward(
     logits = out.logits
     assert isinstance(logits, Tensor)
     return logits
+
+
+def flat_loss(
+    model: nn.Module,
+    ids: Tensor,
+    batch: ForwardBatch,
+    places: Tensor,
+    targets: Tensor,
+    *,
+    head: Head | None = None,
+    factor: float = 1.0,
+) -> Tensor:
+    """factor · sum of cross entropy (nats, fp32) at some positions of sequences laid end to end.
+
+    Args:
+        ids: (1, T) token ids.
+        places: (n,) flat positions that predict a labelled token.
+        targets: (n,) their tokens.
+        head: proven to be this model's way from hidden rows to logits; the logits are then never
+            kept. None: the model's own logits.
+    """
+    if head is None:
+        logits = flat_forward(model, ids, batch, logits_at=places)[0]
+        return factor * logits_loss(logits, targets)
+    body = model.base_model
+    assert isinstance(body, nn.Module)
+    hidden = body(
+        input_ids=ids,
+        position_ids=batch.positions(ids.device),
+        use_cache=False,
+        tsugiki_batch=batch,
+    ).last_hidden_state
+    return chunked_cross_entropy(hidden[0].index_select(0, places), head, targets, factor)
+
+
+def logits_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of cross entropy (nats) of logits (n, V), at least in fp32."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), targets, reduction="sum")
 
 
 def solo_forward(

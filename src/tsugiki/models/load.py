@@ -30,6 +30,7 @@ from tsugiki.models.flat import flat_forward, solo_forward, use_flat_attention, 
 from tsugiki.models.hub import ResolvedModel, resolve_model
 from tsugiki.models.isolation import probe_isolation
 from tsugiki.models.spec import ModelSpec, NameMap, load_config
+from tsugiki.models.tune import Tuned, tune
 
 HEADER_LIMIT = 100 << 20  # bytes of a safetensors header, the format's own cap
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -44,6 +45,7 @@ class Base:
     """A loaded base: frozen weights, its tokenizer, and where it came from.
 
     flat: documents may lie end to end; else each runs alone with the model's own attention.
+    tuned: which modules were replaced by proven faster ones (`make_fast`).
     """
 
     model: nn.Module
@@ -54,6 +56,7 @@ class Base:
     commit: str | None
     flat: bool
     notes: list[str] = field(default_factory=list)
+    tuned: Tuned | None = None
 
     @property
     def device(self) -> torch.device:
@@ -68,6 +71,12 @@ class Base:
         """How its parameters are named in its files; only headers are read."""
         stored = [name for file in weight_files(self.folder) for name in check_safetensors(file)]
         return NameMap(self.spec.meta_model(), stored)
+
+    def make_fast(self) -> str:
+        """Replace modules by proven faster ones, adapters being attached; what was done."""
+        if self.tuned is None:
+            self.tuned = tune(self.model) if self.flat else Tuned()
+        return self.tuned.note
 
     def forward(self, ids: Tensor, batch: ForwardBatch, logits_at: Tensor | None = None) -> Tensor:
         """Logits (1, n, V) of sequences laid end to end; flat where the model allows it."""

@@ -94,6 +94,7 @@ def train(
         if settings.method == "lora":
             generator = torch.Generator().manual_seed(settings.seed)
             attach(model, config.lora, generator=generator)
+            yield Advice(base.make_fast())
         else:
             model.requires_grad_(True)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -187,8 +188,8 @@ def train(
         def patience_is_out() -> bool:
             return 0 < (settings.early_stopping or 0) <= progress.since_best
 
-        def loss_of(examples: Sequence[Example]) -> tuple[Tensor, int]:
-            return summed_loss(base, examples)
+        def loss_of(examples: Sequence[Example], factor: float) -> tuple[Tensor, int]:
+            return summed_loss(base, examples, factor)
 
         with told(folder, among.first), Signals() as signals:
             # Ranks break nothing off by themselves: the others would wait for them for ever.

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tsugiki.adapters.attach import training_mode
 from tsugiki.data.chat import IGNORED, Example
 from tsugiki.kernels.batch import ForwardBatch
+from tsugiki.models.flat import flat_loss, logits_loss
 from tsugiki.models.load import Base
 
 EVAL_TOKENS = 4096  # tokens of one forward pass of an evaluation
@@ -41,12 +41,18 @@ def flatten(
     )
 
 
-def summed_loss(base: Base, examples: Sequence[Example]) -> tuple[Tensor, int]:
-    """Sum of cross entropy (nats, fp32) over labelled tokens, and how many there are."""
+def summed_loss(base: Base, examples: Sequence[Example], factor: float = 1.0) -> tuple[Tensor, int]:
+    """factor · sum of cross entropy (nats, fp32) over labelled tokens, and how many there are.
+
+    In chunks that keep no logits where the base's head was proven.
+    """
     ids, batch, places, targets = flatten(examples, base.device)
-    logits = base.forward(ids, batch, places)[0]
-    wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    return F.cross_entropy(wide, targets, reduction="sum"), len(targets)
+    if not base.flat:
+        logits = base.forward(ids, batch, places)[0]
+        return factor * logits_loss(logits, targets), len(targets)
+    head = None if base.tuned is None else base.tuned.head_of(base.model)
+    loss = flat_loss(base.model, ids, batch, places, targets, head=head, factor=factor)
+    return loss, len(targets)
 
 
 def held_out_loss(base: Base, examples: Sequence[Example]) -> float:

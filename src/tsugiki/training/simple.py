@@ -19,6 +19,7 @@ from tsugiki.errors import AdapterError, DataError, UsageError
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.models.flat import flat_forward, use_flat_attention
 from tsugiki.models.load import Base
+from tsugiki.models.tune import Tuned, tune
 from tsugiki.training.objective import summed_loss
 from tsugiki.training.ranks import ranks
 from tsugiki.training.schedule import learning_rate as rate_at
@@ -65,7 +66,7 @@ def train(
     if not any(label != IGNORED for e in examples for label in e.labels[1:]):
         raise DataError("no row has a label that can be trained")
     use_flat_attention(model)
-    bare = _Bare(model)
+    bare = _Bare(model, tune(model))
     torch.manual_seed(seed)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(trained, weight_decay, bare.device)
@@ -81,7 +82,7 @@ def train(
     for step in range(1, steps + 1):
         done = optimiser_step(
             step, next(loader).passes,
-            lambda passed: summed_loss(cast(Base, bare), passed), trained, optimizer,
+            lambda *given: summed_loss(cast(Base, bare), *given), trained, optimizer,
             rate=rate_at(step, steps, learning_rate, warmup_ratio, scheduler),
             max_grad_norm=max_grad_norm, ranks=among,
         )  # fmt: skip
@@ -95,6 +96,7 @@ class _Bare:
     """What the objective asks of a base, for a model that came without folder and tokenizer."""
 
     model: nn.Module
+    tuned: Tuned
     flat: bool = True
 
     @property

@@ -19,8 +19,8 @@ from tsugiki.data.chat import IGNORED, Example
 from tsugiki.errors import NonFiniteError
 from tsugiki.training.ranks import Ranks
 
-# Examples of one pass → their summed loss in nats, and the number of its labels.
-LossOf = Callable[[Sequence[Example]], tuple[Tensor, int]]
+# (examples of one pass, factor) → factor · their summed loss in nats, and the number of its labels.
+LossOf = Callable[[Sequence[Example], float], tuple[Tensor, int]]
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ def optimiser_step(
     labels = max(1, int(ranks.sum(count_targets(own))))
     total = 0.0
     for examples in own:
-        loss, _ = loss_of(examples)
-        (loss / labels).backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach()) / labels
+        loss, _ = loss_of(examples, 1 / labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
     total = ranks.sum(total)
     if not math.isfinite(total):
         raise not_finite(number, "the loss", [])

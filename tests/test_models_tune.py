@@ -1,0 +1,156 @@
+"""Faster modules: proven on each family, refused where they differ, names and numbers kept."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, tiny_model
+from torch import nn
+
+from tsugiki.adapters.attach import attach, detach, lora_modules
+from tsugiki.config import LoraConfig
+from tsugiki.kernels.batch import ForwardBatch
+from tsugiki.models.flat import flat_forward, use_flat_attention
+from tsugiki.models.tune import tune
+
+LENGTHS = (7, 60, 3)
+
+
+def adapted(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    model = tiny_model(family).to(dtype)
+    attach(model, LoraConfig(r=4, alpha=8), generator=torch.Generator().manual_seed(0))
+    for _, module in lora_modules(model):
+        nn.init.normal_(module.lora_B, 0.0, 0.02, generator=torch.Generator().manual_seed(1))
+    use_flat_attention(model)
+    return model
+
+
+def gradients(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ids = torch.arange(sum(LENGTHS))[None] * 37 % 320
+    logits = flat_forward(model, ids, ForwardBatch(LENGTHS))
+    loss = nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+    model.zero_grad()
+    loss.backward()
+    return logits.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fast_path_is_active_in_every_family(family: str, dtype: torch.dtype) -> None:
+    model = adapted(family, dtype)
+    tuned = tune(model)
+    print(f"{family} {dtype}: {tuned.note}")
+    norms = {"gpt2": 0, "qwen3": 13, "gemma2": 13, "gemma3": 19}.get(family, 7)
+    assert not tuned.kept, tuned.kept
+    assert tuned.replaced == {
+        "attention": 3, "feed-forward": 3, "head": 1, **({"norm": norms} if norms else {}),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_are_the_originals(family: str) -> None:
+    plain = adapted(family)
+    fast = copy.deepcopy(plain)
+    names = [name for name, _ in plain.named_parameters()]
+    tune(fast)
+    assert [name for name, _ in fast.named_parameters()] == names, "no name changes"
+    (expected, wanted), (logits, found) = gradients(plain), gradients(fast)
+    assert torch.allclose(logits, expected, atol=1e-4)
+    assert wanted.keys() == found.keys()
+    for name, grad in wanted.items():
+        assert float((found[name] - grad).norm()) <= 1e-4 * float(grad.norm()) + 1e-7, name
+    assert len(detach(fast)) == len(list(lora_modules(plain)))
+    detach(plain)
+    assert torch.allclose(
+        flat_forward(fast, torch.arange(9)[None], ForwardBatch((9,))),
+        flat_forward(plain, torch.arange(9)[None], ForwardBatch((9,))),
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_without_a_batch_the_original_runs(family: str) -> None:
+    plain = adapted(family)
+    fast = copy.deepcopy(plain)
+    tune(fast)
+    ids = torch.arange(12)[None]
+    for model in (plain, fast):
+        model.set_attn_implementation("eager")
+    assert torch.equal(fast(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+class Doubled(nn.Module):
+    """Looks like a feed-forward block and is another function."""
+
+    def __init__(self, own: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = own.gate_proj, own.up_proj, own.down_proj
+        self.act_fn = own.act_fn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * 2
+
+
+def test_a_module_that_computes_something_else_is_kept() -> None:
+    model = adapted("llama")
+    for layer in model.model.layers:
+        layer.mlp = Doubled(layer.mlp)
+    tuned = tune(model)
+    assert "feed-forward" not in tuned.replaced
+    assert [text for text in tuned.kept if "Doubled" in text and "off by" in text]
+    assert tuned.replaced["attention"] == 3, "the rest is replaced"
+    assert all(isinstance(layer.mlp, Doubled) for layer in model.model.layers)
+
+
+def test_the_head_takes_caps_from_the_config() -> None:
+    model = adapted("gemma2")
+    model.config.final_logit_softcapping = 5.0
+    assert tune(model).head == (1.0, 5.0)
+
+
+def test_a_head_that_does_more_is_noticed() -> None:
+    """Whatever lies between the last hidden row and the logits must be known, or nothing is."""
+    model = adapted("llama")
+
+    class Scaled(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * 3
+            return out
+
+    model.__class__ = Scaled
+    tuned = tune(model)
+    assert tuned.head is None
+    assert tuned.head_of(model) is None
+    assert [text for text in tuned.kept if text.startswith("the head")]
+
+
+def test_a_family_never_seen_keeps_its_modules() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "gpt_neox", hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=128, vocab_size=320, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    attach(model, LoraConfig(r=4))
+    use_flat_attention(model)
+    plain = copy.deepcopy(model)
+    tuned = tune(model)
+    assert set(tuned.replaced) <= {"head"}
+    (expected, wanted), (logits, found) = gradients(plain), gradients(model)
+    assert torch.equal(logits, expected)
+    assert all(torch.equal(found[name], grad) for name, grad in wanted.items())
+
+
+def test_own_attention_is_left_alone() -> None:
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    tuned = tune(model)
+    assert tuned.replaced == {}
+    assert tuned.kept
