@@ -1,7 +1,7 @@
 """`python -m benchmarks.kills`: 50 kill −9 at random moments, and what the resumed run gives.
 
 Each run of a tiny model is killed twice, at the parent, the child or the whole group, then resumed
-to its end; its adapter must equal the uninterrupted run's byte for byte.
+to its end, by real commands; its adapter must equal the uninterrupted run's byte for byte.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> bool:
         tests.make_place(place)
         for seed in range(1000, 1000 + arguments.kills // 2):
             try:
-                tests.test_kill_9_at_random_moments(place, seed)
+                tests.kill_twice(place, seed, tests.command)
                 good += 2
             except (AssertionError, pytest.fail.Exception) as error:
                 print(f"seed {seed}: {error}")

@@ -1,0 +1,124 @@
+"""Tiny training runs for the tests: a folder with a model and rows, started in several ways."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import warm
+from families import save_tiny
+from tokenizers_for_tests import CHATML, tiny_tokenizer
+
+from tsugiki import files
+from tsugiki.config import build_config, read_yaml
+from tsugiki.pipelines import run_training
+from tsugiki.terminal import Terminal
+from tsugiki.training import metrics
+
+STEPS = 24
+FLAGS = [
+    "--lora-r", "4", "--lora-dropout", "0.1", "--batch-size", "2", "--save-every", "3",
+    "--gradient-accumulation-steps", "2", "--max-steps", str(STEPS), "--eval-every", "6",
+    "--log-every", "1", "--learning-rate", "3e-3", "--scheduler", "cosine", "--dtype", "float32",
+]  # fmt: skip
+
+
+class Running:
+    """A command that was started, either way."""
+
+    def __init__(self, process: subprocess.Popen[bytes] | warm.BaseProcess, errors: Path) -> None:
+        self.process = process
+        self.pid = process.pid
+        self.errors = errors
+
+    def poll(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+        if isinstance(self.process, subprocess.Popen):
+            return self.process.poll()
+        return self.process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        """Its exit code once it has ended."""
+        if isinstance(self.process, subprocess.Popen):
+            return self.process.wait(timeout)
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, "it does not end"
+        return self.process.exitcode
+
+    def said(self) -> str:
+        """What it wrote to stderr."""
+        return self.errors.read_text()
+
+
+def make_place(folder: Path) -> None:
+    """A model, rows, and an uninterrupted run (a real interpreter's) to compare with."""
+    save_tiny("llama", folder / "model", tiny_tokenizer(CHATML))
+    rng = random.Random(0)
+    words = ["red", "blue", "cat", "dog", "tea", "sun"]
+    with open(folder / "rows.jsonl", "w") as stream:
+        for i in range(40):
+            ask = " ".join(rng.choices(words, k=4)) + f" {i}"
+            stream.write(json.dumps({"prompt": ask, "completion": ask[::-1]}) + "\n")
+    finish(command(folder, "whole"))
+
+
+def command(folder: Path, output: str, *, resume: bool = False) -> Running:
+    """`tsugiki train` as a user starts it."""
+    errors = folder / f"{output}.stderr"
+    with open(errors, "w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tsugiki", *_arguments(output, resume)],
+            cwd=folder,
+            env={**os.environ, **_environment(folder)},
+            stdout=subprocess.DEVNULL,
+            stderr=stream,
+            start_new_session=True,
+        )
+    return Running(process, errors)
+
+
+def forked(folder: Path, output: str, *, resume: bool = False) -> Running:
+    """The same without the imports."""
+    errors = folder / f"{output}.stderr"
+    process = warm.begin(_arguments(output, resume), folder, errors, **_environment(folder))
+    return Running(process, errors)
+
+
+def _arguments(output: str, resume: bool) -> list[str]:
+    start = ["--resume", output] if resume else ["rows.jsonl", "--model", "model"]
+    return ["train", *start, *([] if resume else ["--output", output, *FLAGS])]
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": "1", "TSUGIKI_CACHE": str(folder / "cache")}
+
+
+def finish(process: Running) -> None:
+    """Wait for a good end."""
+    assert process.wait(timeout=120) == 0, process.said()
+
+
+def in_process(place: Path, output: str, resume: bool = False, **train: object) -> None:
+    """The same run without a process of its own, so that faults can be put into it."""
+    run = place / output
+    if resume:
+        config = build_config(read_yaml(run / "config.yaml"))
+        run_training(config, Terminal(as_json=True), resume=run)
+        return
+    stored = read_yaml(place / "whole" / "config.yaml")
+    run_training(build_config(stored, {"output": str(run), "train": train}), Terminal(as_json=True))
+
+
+def result(run: Path) -> bytes:
+    """The trained adapter."""
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def steps_written(run: Path) -> int:
+    """The last step in the run's records; -1 before there is one."""
+    lines = files.read_lines(run / metrics.METRICS)
+    return max((line["step"] for line in lines if line["kind"] == "train"), default=-1)
