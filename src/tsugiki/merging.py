@@ -163,7 +163,7 @@ def write_merged(plan: MergePlan, output: Path) -> Merged:
         raise RunError(f"{output} exists already", fix="choose another --output, or remove it")
     sweep_left_over(output)
     require_space(output, plan.need, "the merged model")
-    with atomic_folder(output) as temporary, _held(temporary):
+    with atomic_folder(output) as temporary, _held(temporary), _one_thread():
         for file in _beside(plan.base.folder):
             shutil.copyfile(file, temporary / file.name)
         digests: dict[str, str] = {}
@@ -211,6 +211,17 @@ def _held(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One core outruns the disk here, the next one hashes; more only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _must_untie(model: StoredModel, changes: Changes) -> str | None:
