@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import warm
@@ -54,8 +55,8 @@ class Running:
         return self.errors.read_text()
 
 
-def make_place(folder: Path) -> None:
-    """A model, rows, and an uninterrupted run (a real interpreter's) to compare with."""
+def make_place(folder: Path, start: Callable[..., Running] | None = None) -> None:
+    """A model, rows, and an uninterrupted run (a real interpreter's, or started so)."""
     save_tiny("llama", folder / "model", tiny_tokenizer(CHATML))
     rng = random.Random(0)
     words = ["red", "blue", "cat", "dog", "tea", "sun"]
@@ -63,7 +64,7 @@ def make_place(folder: Path) -> None:
         for i in range(40):
             ask = " ".join(rng.choices(words, k=4)) + f" {i}"
             stream.write(json.dumps({"prompt": ask, "completion": ask[::-1]}) + "\n")
-    finish(command(folder, "whole"))
+    finish((start or command)(folder, "whole"))
 
 
 def command(folder: Path, output: str, *, resume: bool = False) -> Running:

@@ -113,7 +113,11 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         if target.exists():
             aside = temporary.with_suffix(".old.tmp")
             os.rename(target, aside)
-            os.rename(temporary, target)
+            try:
+                os.rename(temporary, target)
+            except OSError:
+                os.rename(aside, target)
+                raise
             shutil.rmtree(aside, ignore_errors=True)
         else:
             os.rename(temporary, target)
