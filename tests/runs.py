@@ -103,7 +103,13 @@ def finish(process: Running) -> None:
     assert process.wait(timeout=120) == 0, process.said()
 
 
-def in_process(place: Path, output: str, resume: bool = False, **train: object) -> None:
+def in_process(
+    place: Path,
+    output: str,
+    resume: bool = False,
+    lora: dict[str, object] | None = None,
+    **train: object,
+) -> None:
     """The same run without a process of its own, so that faults can be put into it."""
     run = place / output
     if resume:
@@ -111,7 +117,8 @@ def in_process(place: Path, output: str, resume: bool = False, **train: object) 
         run_training(config, Terminal(as_json=True), resume=run)
         return
     stored = read_yaml(place / "whole" / "config.yaml")
-    run_training(build_config(stored, {"output": str(run), "train": train}), Terminal(as_json=True))
+    changes = {"output": str(run), "train": train, "lora": lora or {}}
+    run_training(build_config(stored, changes), Terminal(as_json=True))
 
 
 def result(run: Path) -> bytes:

@@ -22,20 +22,25 @@ PRELOADED = ["tsugiki.cli", "tsugiki.pipelines", "tsugiki.looking", "transformer
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
-def begin(arguments: list[str], cwd: Path, errors: Path, **environment: str) -> BaseProcess:
-    """Start `tsugiki ARGUMENTS` in a session of its own; stderr goes to a file, stdout nowhere."""
+def ready() -> None:
+    """Start the process that forks, unless it runs."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # threads of the process that forks would be lost
     try:
         forkserver.set_forkserver_preload(PRELOADED)
         forkserver.ensure_running()
-        process = CONTEXT.Process(target=_parent, args=(arguments, cwd, errors, environment))
-        process.start()
     finally:
         if before is None:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = before
+
+
+def begin(arguments: list[str], cwd: Path, errors: Path, **environment: str) -> BaseProcess:
+    """Start `tsugiki ARGUMENTS` in a session of its own; stderr goes to a file, stdout nowhere."""
+    ready()
+    process = CONTEXT.Process(target=_parent, args=(arguments, cwd, errors, environment))
+    process.start()
     return process
 
 
