@@ -6,7 +6,9 @@ A timing probe may choose otherwise on another day, so a run keeps its `Decision
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -54,8 +56,10 @@ class Decisions:
             raise RunError(f"decisions.json does not fit this version: {error}") from None
 
     def apply(self) -> None:
-        """Set the thread count; called once per process, before the model is loaded."""
+        """Set threads and allocator; called once per process, before the model is loaded."""
         torch.set_num_threads(self.threads)
+        if self.device == "cpu":
+            keep_pages()
 
 
 def decide(
@@ -89,6 +93,23 @@ def decide(
         threads,
         {"device": why_device, "dtype": why_dtype, "threads": f"{threads} usable cores"},
     )
+
+
+def keep_pages() -> bool:
+    """Tell glibc to keep freed memory; returns whether there was a glibc to tell.
+
+    By default every tensor above 32 MiB is mapped anew and unmapped when freed, and filling fresh
+    pages costs more than the arithmetic on them: a product into fresh memory takes twice the time
+    of one into memory used before.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # another C library
+        return False
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    return bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, 2**31 - 1))
 
 
 def usable_cores() -> int:

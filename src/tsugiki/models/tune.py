@@ -179,6 +179,8 @@ def _candidates(
     """(kind, path → (module, ways to replace it)); a kind's members share class and shapes."""
     kinds: dict[tuple[Any, ...], dict[str, tuple[nn.Module, list[Build]]]] = {}
     for path, module in model.named_modules():
+        if isinstance(module, Replacement):  # proven before, on this model
+            continue
         names, epsilon = attention_names(module), norm_epsilon(module)
         builds: list[Build] = []
         shape: Any = None

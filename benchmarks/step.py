@@ -1,0 +1,233 @@
+"""Times one LoRA step: ours, PEFT as a user gets it, PEFT tuned by hand, and the floor of products.
+
+    python -m benchmarks.step --shape qwen2.5-0.5b --against peft,peft-tuned,floor [--json]
+
+Every contestant runs in fresh processes, in turn (A B A B), on random weights with all tokens
+labelled; medians. Correctness gates come first. The floor is 4·N·T over the best rate that any of
+the model's very products reaches, warm and written with out=, in any of these processes; a step
+that beats it fails the benchmark. Knows no data and no training loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from benchmarks.shapes import SHAPES
+
+ROOT = Path(__file__).parent.parent
+CONTESTANTS = ("ours", "ours-dry", "ours-plain", "peft", "peft-dry", "peft-tuned", "peft-fp32")
+DROPOUT = 0.05
+DESCRIPTIONS = {
+    "ours": f"tsugiki, bf16, dropout {DROPOUT}",
+    "ours-dry": "tsugiki, bf16, dropout 0",
+    "ours-plain": "tsugiki without replaced modules, bf16, dropout 0",
+    "peft": f"PEFT as a user gets it: bf16 base, fp32 adapters, dropout {DROPOUT}",
+    "peft-dry": "the same with dropout 0",
+    "peft-tuned": "PEFT tuned: bf16 adapters, dropout 0, pages kept, layers compiled",
+    "peft-fp32": f"PEFT in fp32, dropout {DROPOUT}",
+}
+
+
+def main() -> int:
+    """Parse, run the gates, then the contestants in turn."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
+    parser.add_argument("--against", default="peft,peft-tuned,floor", help="peers, by commas")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--vocab", type=int, help="a smaller vocabulary")
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each contestant")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each process")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--record", help="write the figures to benchmarks/results/NAME.json")
+    parser.add_argument("--no-gates", action="store_true", help="skip the correctness gates")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        from benchmarks.contestants import run
+
+        print("RESULT " + json.dumps(run(options)), flush=True)
+        return 0
+    return compare(options)
+
+
+def compare(options: argparse.Namespace) -> int:
+    """All contestants in turn; the table or JSON; 1 where a gate or the floor fails."""
+    peers = [name for name in options.against.split(",") if name and name != "floor"]
+    names = list(dict.fromkeys(["ours", "ours-dry", *peers]))
+    for name in names:
+        if name not in CONTESTANTS:
+            sys.exit(f"unknown contestant {name}: one of {', '.join(CONTESTANTS)}, floor")
+    quiet = options.json
+    before = record.machine()
+    if not quiet:
+        print(f"{before['cpu']}, {options.threads} threads of {before['cores']}, "
+              f"torch {before['torch']}, load {before['load']:.1f} before", flush=True)  # fmt: skip
+    gates = {} if options.no_gates else _worker("gates", options)
+    failed = [name for name, gate in gates.items() if not gate["holds"]]
+    if not quiet:
+        for name, gate in gates.items():
+            print(f"gate {name}: {'holds' if gate['holds'] else 'FAILS'} {gate['figures']}")
+    if failed:
+        print(f"correctness first: {', '.join(failed)} failed", file=sys.stderr)
+        return 1
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for turn in range(options.rounds):
+        for name in names:
+            result = _worker(name, options)
+            runs[name].append(result)
+            if not quiet:
+                seconds = ", ".join(f"{s:.2f}" for s in result["seconds"])
+                print(f"  round {turn + 1} {name}: {seconds} s", flush=True)
+    report = summarise(runs, options)
+    report["machine"] = {**before, "load_after": os.getloadavg()[0]}
+    report["gates"] = gates
+    beaten = [
+        name for name, row in report["rows"].items()
+        if name not in ("floor", "peft-fp32") and min(row["all"]) < report["rows"]["floor"]["step"]
+    ]  # fmt: skip
+    if quiet:
+        print(json.dumps(report, indent=1))
+    else:
+        print(table(report))
+        print(f"load {os.getloadavg()[0]:.1f} after")
+    if beaten:
+        print(f"faster than the floor, so something is wrong: {beaten}", file=sys.stderr)
+        return 1
+    if options.record:
+        command = f"python -m benchmarks.step {' '.join(sys.argv[1:])}"
+        record.write(options.record, command, report["ratios"], {}, report=report)
+    return 0
+
+
+def _worker(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.step", "--worker", name]
+    for key in ("shape", "layers", "vocab", "rows", "length", "steps", "threads"):
+        value = getattr(options, key)
+        if value is not None:
+            command += [f"--{key}", str(value)]
+    env = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    if name == "peft-tuned":  # what tcmalloc would give: memory that is kept
+        env |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=ROOT)
+    lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
+    if done.returncode or not lines:
+        sys.exit(f"{name} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    result = json.loads(lines[-1].removeprefix("RESULT "))
+    assert isinstance(result, dict)
+    return result
+
+
+def summarise(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> dict[str, Any]:
+    """Rows by name (medians) and the ratios between them."""
+    tokens = options.rows * options.length
+    any_run = next(iter(runs.values()))[0]
+    rates = {
+        size: max(result["rates"][size] for results in runs.values() for result in results)
+        for size in any_run["rates"]
+    }
+    rate = max(rates.values())
+    flops = 4 * any_run["weights"] * tokens
+    floor = flops / rate
+    parts = {
+        size: {
+            "count": any_run["counts"][size],
+            "gflops": rates[size] / 1e9,
+            "seconds": 4 * tokens * any_run["counts"][size] * _cells(size) / rates[size],
+        }
+        for size in rates
+    }
+    rows: dict[str, Any] = {}
+    for name, results in runs.items():
+        every = [s for result in results for s in result["seconds"]]
+        step = statistics.median(every)
+        rows[name] = {
+            "what": DESCRIPTIONS[name],
+            "step": step,
+            "spread": (max(every) - min(every)) / step,
+            "all": every,
+            "peak_rss": max(result["peak_rss"] for result in results),
+            "loaded_rss": max(result["loaded_rss"] for result in results),
+            "page_faults": statistics.median(result["page_faults"] for result in results),
+            "tokens_per_second": tokens / step,
+            "note": results[0].get("note", ""),
+        }
+    rows["floor"] = {
+        "what": f"4·N·T over {rate / 1e9:.0f} GFLOP/s",
+        "step": floor,
+        "tokens_per_second": tokens / floor,
+        "parts": parts,
+        "sum_of_parts": sum(p["seconds"] for p in parts.values()),
+        "full_flops_share": any_run["full_flops"] / flops,
+    }
+    ratios = {}
+    for name in runs:
+        ratios[f"{name}/floor"] = rows[name]["step"] / floor
+        if not name.startswith("ours"):
+            ours = "ours-dry" if name in ("peft-tuned", "peft-dry") else "ours"
+            ratios[f"{name}/ours"] = rows[name]["step"] / rows[ours]["step"]
+    ratios["dropout/dry"] = rows["ours"]["step"] / rows["ours-dry"]["step"]
+    if "peft" in rows:
+        ratios["rss ours/peft"] = rows["ours"]["peak_rss"] / rows["peft"]["peak_rss"]
+    return {"shape": options.shape, "layers": options.layers, "vocab": options.vocab,
+            "tokens": tokens, "rows": rows, "ratios": ratios}  # fmt: skip
+
+
+def _cells(size: str) -> int:
+    out, width = size.split("x")
+    return int(out) * int(width)
+
+
+def table(report: dict[str, Any]) -> str:
+    """The rows and ratios for a terminal."""
+    lines = [
+        f"{'':12s} {'step':>8s} {'spread':>7s} {'tokens/s':>9s} {'peak RSS':>9s} {'faults':>9s}"
+    ]
+    for name, row in report["rows"].items():
+        if name == "floor":
+            lines.append(f"{name:12s} {row['step']:7.2f}s {'':7s} {row['tokens_per_second']:9.0f}"
+                         f"   {row['what']}; sum of parts {row['sum_of_parts']:.2f}s;"
+                         f" full FLOPs {row['full_flops_share']:.2f}×")  # fmt: skip
+        else:
+            lines.append(f"{name:12s} {row['step']:7.2f}s {row['spread']:6.0%}"
+                         f" {row['tokens_per_second']:9.0f} {row['peak_rss'] / 1e9:7.2f}GB"
+                         f" {row['page_faults']:9.0f}   {row['what']} {row['note']}")  # fmt: skip
+    for size, part in report["rows"]["floor"]["parts"].items():
+        lines.append(f"  {part['count']:4d} × {size:14s} {part['gflops']:6.0f} GFLOP/s"
+                     f" {part['seconds']:7.2f}s")  # fmt: skip
+    lines += [f"{name} = {value:.2f}" for name, value in report["ratios"].items()]
+    return "\n".join(lines)
+
+
+def peak_rss() -> int:
+    """Bytes: the most this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def page_faults() -> int:
+    """Pages touched for the first time since they were mapped."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def clock() -> float:
+    """Seconds of wall time."""
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
