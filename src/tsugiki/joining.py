@@ -88,6 +88,7 @@ def verify_pair(
     accept_base: bool = False,
     max_error: float | None = None,
     max_kl: float | None = None,
+    layer_by_layer: bool = False,
 ) -> bool:
     """Compare two artefacts and show the table; true when nothing is beyond its limit.
 
@@ -96,10 +97,12 @@ def verify_pair(
         model: the base of whichever is an adapter; its own when None.
         dtype: the type that was asked of the candidate: f32, bf16 or f16.
         max_error, max_kl: limits of the logits instead of those of the type.
+        layer_by_layer: stream the weights even where a model would fit in memory.
 
     Raises:
         TsugikiError: one of the two cannot be read; it is named.
     """
+    from tsugiki.planning import free_memory
     from tsugiki.proof.artefact import open_artefact
     from tsugiki.proof.verify import verify
 
@@ -107,7 +110,14 @@ def verify_pair(
     first = open_artefact(reference, model, accept_base=accept_base)
     second = open_artefact(candidate, model, accept_base=accept_base)
     asked = None if dtype is None else NAMES[type_code(dtype)]
-    report = verify(first, second, dtype=asked, max_error=max_error, max_kl=max_kl)
+    report = verify(
+        first,
+        second,
+        dtype=asked,
+        max_error=max_error,
+        max_kl=max_kl,
+        memory=0 if layer_by_layer else free_memory("cpu"),
+    )
     for note in report.notes:
         terminal.say("note", Text(f"note: {note}", style="yellow"), text=note)
     terminal.heading(f"{report.candidate} against {report.reference}")

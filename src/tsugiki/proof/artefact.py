@@ -1,6 +1,6 @@
 """What `verify` was given: a model folder, or an adapter with its base.
 
-Opens headers and configs only; tensors, tokenizer and forward are read when a step asks for them.
+Opens headers and configs only; tensors and tokenizer are read when a step asks for them.
 Knows no limits and compares nothing.
 """
 
@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tsugiki.adapters.algebra import Change, Changes, LowRank, float_blocks, read_changes
-from tsugiki.adapters.attach import place
+from tsugiki.adapters.attach import lora_modules, place
 from tsugiki.adapters.origin import CONFIG, adapter_folder, find_base, identify
 from tsugiki.adapters.record import check_base
 from tsugiki.data.chat import ChatFormat
@@ -29,7 +28,7 @@ from tsugiki.models.families import (
     module_path,
 )
 from tsugiki.models.hub import ResolvedModel, resolve_model
-from tsugiki.models.load import TOKENIZER_FILES, Base, load_base, load_tokenizer
+from tsugiki.models.load import TOKENIZER_FILES, load_tokenizer
 from tsugiki.models.shards import Stored, StoredModel, open_model
 from tsugiki.models.spec import load_config
 from tsugiki.proof.applied import apply_changes
@@ -121,10 +120,6 @@ class Artefact:
                 tokenizer = own
         return ChatFormat.from_state(self.changes.chat, tokenizer)
 
-    def load(self) -> Base:
-        """The base or model in fp32, without the adapter."""
-        return load_base(self.resolved, dtype=torch.float32)
-
     def attach(self, model: nn.Module) -> None:
         """Put the adapter on its loaded base, as it runs: beside the weights, not in them."""
         if self.changes is None:
@@ -134,6 +129,10 @@ class Artefact:
         if plain and len(low) == len(self.changes.by_name):
             pairs = {path: (c.a.float(), c.b.float()) for path, c in low.items()}
             place(model, pairs, {path: c.scale for path, c in low.items()}, trainable=False)
+            for path, module in lora_modules(model):
+                if module.lora_A.is_meta:  # beside weights that are fetched only while they run
+                    module.lora_A = nn.Parameter(pairs[path][0], requires_grad=False)
+                    module.lora_B = nn.Parameter(pairs[path][1], requires_grad=False)
         else:
             apply_changes(model, self.changes.by_name.values())
 

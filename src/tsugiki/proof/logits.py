@@ -1,7 +1,8 @@
 """Step 5: the logits of both on real prompts and random ids, in fp32, relative to their spread.
 
-One model is in memory at a time: the reference's logits are kept, then the candidate is loaded.
-Also says whether the adapter moves the base at all. Knows no tensors.
+One model is in memory at a time: the reference's logits are kept, then the candidate is loaded;
+where one alone does not fit, its weights are streamed. Also says whether the adapter moves the base
+at all. Knows no tensors.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tsugiki.files import human_bytes
 from tsugiki.kernels.batch import ForwardBatch
-from tsugiki.models.load import Base
+from tsugiki.models.load import Base, load_base
+from tsugiki.models.spec import ModelSpec
 from tsugiki.proof.artefact import Artefact
 from tsugiki.proof.checks import LIMITS, Check
+from tsugiki.proof.streamed import stream, streamed_base
 from tsugiki.proof.texts import prompts
 
 STEP = "5 logits"
 KEPT = 1 << 24  # logits kept of each model: 64 MB in fp32
+LOADING = 1.3  # memory while a model is loaded, relative to its fp32 weights
 RANDOM = (48, 64, 33)  # lengths of the sequences of random ids
 
 
@@ -55,22 +60,17 @@ def compare_logits(
     *,
     max_error: float | None = None,
     max_kl: float | None = None,
+    memory: int | None = None,
 ) -> list[Check]:
-    """Run both and compare.
+    """Run both, one after the other, and compare.
 
     Args:
         max_error, max_kl: limits instead of those of the candidate's stored type.
+        memory: bytes that a model may take; one that needs more in fp32 runs module by module.
     """
-    base = reference.load()
-    probe = make_probe(reference, base.spec.vocab_size, base.spec.context)
-    plain = run(base, probe) if reference.changes is not None else None
-    reference.attach(base.model)
-    ours = run(base, probe)
-    del base
-    other = candidate.load()
-    candidate.attach(other.model)
-    theirs = run(other, probe)
-    del other
+    probe = make_probe(reference)
+    ours, plain, first = logits_of(reference, probe, memory)
+    theirs, _, second = logits_of(candidate, probe, memory)
     if ours.shape != theirs.shape:
         text = f"{theirs.shape[-1]} logits, the reference has {ours.shape[-1]}"
         return [Check(STEP, "number of logits", text, "equal", False)]
@@ -98,11 +98,45 @@ def compare_logits(
         checks.append(
             Check(STEP, "what the adapter moves / spread", f"{effect:.2g}", "–", True, dead, effect)
         )
+    if first or second:
+        held = human_bytes(max(first, second))
+        name = "weights in memory, module by module"
+        checks.append(
+            Check(STEP, name, f"{held} at most", "–", True, (), float(max(first, second)))
+        )
     return checks
 
 
-def make_probe(artefact: Artefact, vocabulary: int, context: int) -> Probe:
+def logits_of(
+    artefact: Artefact, probe: Probe, memory: int | None = None
+) -> tuple[Tensor, Tensor | None, int]:
+    """Logits (n, V) of an artefact, of its base alone where it is an adapter, and a size.
+
+    The size is of the largest module's fp32 weights where they were streamed, else 0.
+    """
+    plain = None
+    need = sum(4 * t.nbytes // t.dtype.itemsize for t in artefact.stored.tensors.values())
+    if memory is None or need * LOADING <= memory:
+        base = load_base(artefact.resolved, dtype=torch.float32)
+        if artefact.changes is not None:
+            plain = run(base, probe)
+        artefact.attach(base.model)
+        return run(base, probe), plain, 0
+    base = streamed_base(artefact.resolved)
+    hooks, largest = stream(base, artefact.stored)
+    if artefact.changes is not None:
+        plain = run(base, probe)
+        for hook in hooks:
+            hook.remove()
+        artefact.attach(base.model)
+        stream(base, artefact.stored)
+    return run(base, probe), plain, largest
+
+
+def make_probe(artefact: Artefact) -> Probe:
     """Rendered prompts and random ids; at most `KEPT` logits, last positions always."""
+    spec = ModelSpec.from_folder(artefact.stored.folder)
+    vocabulary, context = spec.vocab_size, spec.context
     generator = torch.Generator().manual_seed(20240229)
     rows = [ids[-context:] for ids in prompts(artefact)]
     for length in RANDOM:

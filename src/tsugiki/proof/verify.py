@@ -6,6 +6,7 @@ Every step runs, whatever the ones before it found, so that one run names all fa
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from tsugiki.errors import TsugikiError
 from tsugiki.proof.artefact import Artefact
@@ -24,6 +25,7 @@ def verify(
     max_error: float | None = None,
     max_kl: float | None = None,
     logits: bool = True,
+    memory: int | None = None,
 ) -> Report:
     """Compare a candidate with its reference.
 
@@ -32,6 +34,7 @@ def verify(
             record says, or the reference's type, when None.
         max_error, max_kl: limits of the logits instead of those of the type.
         logits: whether to load and run both models.
+        memory: bytes that a loaded model may take; one that needs more runs module by module.
     """
     notes = [*reference.notes, *candidate.notes]
     if candidate.changes is not None and reference.changes is None:
@@ -48,8 +51,8 @@ def verify(
         ("4 template", lambda: compare_templates(reference, candidate)),
     ]
     if logits:
-        limits = {"max_error": max_error, "max_kl": max_kl}
-        steps.append(("5 logits", lambda: compare_logits(reference, candidate, **limits)))
+        run = partial(compare_logits, max_error=max_error, max_kl=max_kl, memory=memory)
+        steps.append(("5 logits", lambda: run(reference, candidate)))
     checks: list[Check] = []
     for step, compare in steps:
         try:

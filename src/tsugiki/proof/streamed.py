@@ -1,0 +1,111 @@
+"""A model whose weights come from the mapped file when a layer runs, and go when it is done.
+
+For two models that memory does not hold: a forward in fp32 needs the largest module's weights and
+the activations, whatever the model's size. Slower than a loaded one by the reading, the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoModelForCausalLM
+
+from tsugiki.adapters.lora import LoraLinear
+from tsugiki.models.flat import use_flat_attention, use_own_attention
+from tsugiki.models.hub import ResolvedModel
+from tsugiki.models.isolation import probe_isolation
+from tsugiki.models.load import Base, load_tokenizer
+from tsugiki.models.shards import StoredModel
+from tsugiki.models.spec import ModelSpec, NameMap
+from tsugiki.proof.applied import AppliedEmbedding, AppliedLinear
+
+WITH_BASE = (LoraLinear, AppliedLinear, AppliedEmbedding)
+
+
+def streamed_base(resolved: ResolvedModel) -> Base:
+    """The model of a folder without a weight in memory; `stream` makes it run.
+
+    Raises:
+        ModelError: a config or tokenizer that cannot be read.
+    """
+    spec = ModelSpec.from_folder(resolved.folder)
+    # Parameters without memory, buffers with their values: torch's own door for the purpose.
+    # (Its stub forgets that a hook may hand back another parameter.)
+    hook = register_module_parameter_registration_hook(_without_memory)  # type: ignore[arg-type]
+    try:
+        model = AutoModelForCausalLM.from_config(spec.config, dtype=torch.float32)
+    finally:
+        hook.remove()
+    model.eval()
+    model.requires_grad_(False)
+    isolation = probe_isolation(spec.config)
+    (use_flat_attention if isolation.holds else use_own_attention)(model)
+    tokenizer = load_tokenizer(resolved)
+    return Base(
+        model, tokenizer, spec, resolved.folder, resolved.name, resolved.commit, isolation.holds
+    )
+
+
+def stream(base: Base, stored: StoredModel) -> tuple[list[RemovableHandle], int]:
+    """Let each module fetch its weights when it runs; adapters are on the model already.
+
+    Returns:
+        the hooks, and the bytes of the largest module's weights in fp32.
+
+    Raises:
+        ModelError: a parameter that the files do not hold.
+    """
+    model = base.model
+    hooks: list[RemovableHandle] = []
+    names = NameMap(base.spec.meta_model(), stored.tensors)
+    inside = {module.base for module in model.modules() if isinstance(module, WITH_BASE)}
+    largest = 0
+    for path, module in model.named_modules():
+        if module in inside:
+            continue
+        owner = module.base if isinstance(module, WITH_BASE) else module
+        assert isinstance(owner, nn.Module)
+        wanted = {
+            name: names.to_disk(f"{path}.{name}")
+            for name, parameter in owner._parameters.items()
+            if parameter is not None and parameter.is_meta
+        }
+        if wanted:
+            sizes = (stored.tensors[disk].nbytes for disk in wanted.values())
+            widths = (stored.tensors[disk].dtype.itemsize for disk in wanted.values())
+            largest = max(largest, sum(4 * s // w for s, w in zip(sizes, widths, strict=True)))
+            hooks.append(module.register_forward_pre_hook(_fetch(owner, wanted, stored)))
+            hooks.append(module.register_forward_hook(_drop(owner, wanted)))
+    return hooks, largest
+
+
+def _without_memory(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+    if parameter.is_meta:
+        return None
+    return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+
+def _fetch(owner: nn.Module, wanted: dict[str, str], stored: StoredModel) -> Callable[..., None]:
+    def before(*_: Any) -> None:
+        for name, disk in wanted.items():
+            owner._parameters[name] = _frozen(stored.tensor(disk).float())
+
+    return before
+
+
+def _drop(owner: nn.Module, wanted: dict[str, str]) -> Callable[..., None]:
+    empty = {name: owner._parameters[name] for name in wanted}
+
+    def after(*_: Any) -> None:
+        owner._parameters.update(empty)
+
+    return after
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
