@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tsugiki.adapters.attach import attach, detach, lora_modules
+from tsugiki.adapters.pool import AdapterPool
 from tsugiki.adapters.storage import BaseIdentity, load_adapter, save_adapter
 from tsugiki.config import LoraConfig
 from tsugiki.errors import AdapterError
@@ -80,6 +81,11 @@ HONOURED = {
     "some layers": {"layers_to_transform": [0, 2], "layers_pattern": "layers"},
     "layers by several names": {"layers_to_transform": [2], "layers_pattern": ["h", "layers"]},
     "a pattern": {"target_modules": r"model\.layers\.\d+\.(self_attn\.[qv]|mlp\.up)_proj"},
+    "Unsloth's pattern": {
+        "target_modules": r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|"
+        r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|up_proj)))"
+    },
+    "the head too": {"target_modules": ["q_proj", "lm_head"]},
     "all-linear": {"target_modules": "all-linear", "exclude_modules": ["gate_proj"]},
     "ALL-LINEAR": {"target_modules": "ALL-linear"},
     "gaussian start": {"init_lora_weights": "gaussian"},
@@ -89,7 +95,7 @@ HONOURED = {
 
 
 @pytest.mark.parametrize("name", HONOURED)
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set", "ignore:Setting `save_embedding")
 def test_what_a_foreign_config_asks_is_honoured(name: str, tmp_path: Path) -> None:
     """The same logits as in PEFT, saved again too; one layer less or more is refused."""
     asked = {"target_modules": PROJECTIONS, "init_lora_weights": False, **HONOURED[name]}
@@ -130,7 +136,16 @@ def test_what_a_foreign_config_asks_is_honoured(name: str, tmp_path: Path) -> No
 
     path = folder / "adapter_model.safetensors"
     whole = load_file(path)
-    first = next(iter(whole)).rpartition(".lora_")[0]
+    copied = [key for key in whole if key.endswith("base_layer.weight")]
+    assert copied == (["base_model.model.lm_head.base_layer.weight"] if "head" in name else [])
+    for key in copied:
+        save_file({**whole, key: whole[key] + 1}, path, metadata={"format": "pt"})
+        with pytest.raises(AdapterError, match=r"lm_head.*differs from the base"):
+            load_adapter(ours, folder)
+        save_file(whole, path, metadata={"format": "pt"})
+        with pytest.raises(AdapterError, match="output head"):
+            AdapterPool(ours).load(folder, "one")
+    first = next(key for key in whole if ".lora_A" in key).rpartition(".lora_")[0]
     less = {key: value for key, value in whole.items() if not key.startswith(first)}
     absent = next(
         f"base_model.model.{p}.lora_"

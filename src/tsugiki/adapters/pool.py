@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tsugiki.adapters.attach import refuse_attached
 from tsugiki.adapters.lora import frozen_weight
 from tsugiki.adapters.storage import AdapterInfo, BaseIdentity, read_adapter
+from tsugiki.adapters.targets import head_path
 from tsugiki.errors import AdapterError
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.kernels.linear import LoraTerm, grouped_linear
@@ -85,11 +86,18 @@ class AdapterPool:
         """Read an adapter, check it against the base, and make it available.
 
         Raises:
-            AdapterError: whatever keeps it from being this base's; the name is taken.
+            AdapterError: whatever keeps it from being this base's; the name is taken; it adapts
+                the output head, which sees only some positions of a batch.
         """
         if name in self._index:
             raise AdapterError(f"an adapter named {name!r} is loaded already")
         read = read_adapter(Path(folder), self._plain_modules(), self.base, accept_base=accept_base)
+        head = head_path(self.model)
+        if head in read.pairs:
+            raise AdapterError(
+                f"{folder} adapts the output head ({head}), which cannot be done beside others",
+                fix="tsugiki.load_adapter puts it on a model alone",
+            )
         device = next(self.model.parameters()).device
         for path in read.pairs:
             if path not in self._layers:
@@ -120,10 +128,13 @@ class AdapterPool:
         del self._index[name]
 
     def _plain_modules(self) -> dict[str, nn.Module]:
-        found = {}
+        """The module tree as it was before the pool."""
+        found: dict[str, nn.Module] = {}
+        inside: tuple[str, ...] = ()
         for path, module in self.model.named_modules():
             if isinstance(module, PooledLinear):
                 found[path] = module.base
-            elif ".base" not in path:
+                inside = (*inside, f"{path}.")
+            elif not path.startswith(inside):
                 found[path] = module
         return found

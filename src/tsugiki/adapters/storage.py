@@ -280,6 +280,9 @@ def _pair_up(
     halves: dict[str, dict[str, Tensor]] = {}
     wrong: list[str] = []
     for name, tensor in tensors.items():
+        if name.endswith(".base_layer.weight"):
+            wrong += _unlike_base(name, tensor, modules)
+            continue
         path, half = _parse_name(name)
         if path is None or half is None:
             wrong.append(f"{name}: not an A or B of a linear projection")
@@ -327,6 +330,18 @@ def _pair_up(
         check_scales(record["targets"], config, ordered, folder)
     pairs = {path: (halves[path]["lora_A"], halves[path]["lora_B"]) for path in ordered}
     return pairs, {path: config.scale_of(path) for path in ordered}
+
+
+def _unlike_base(name: str, tensor: Tensor, modules: Mapping[str, nn.Module]) -> list[str]:
+    """PEFT copies an adapted output head along; that must be the base's own."""
+    module = modules.get(name.removeprefix(PREFIX).removesuffix(".base_layer.weight"))
+    if not isinstance(module, nn.Linear):
+        return [f"{name}: only linear projections are adapted, and this is none"]
+    own, copy = module.weight, tensor.to(module.weight.device)
+    same = own.shape == copy.shape and (
+        torch.equal(own, copy.to(own.dtype)) or torch.equal(own.to(copy.dtype), copy)
+    )
+    return [] if same else [f"{name}: differs from the base's; it was trained on another"]
 
 
 def _all_linear(modules: Mapping[str, nn.Module]) -> list[str]:
