@@ -244,6 +244,7 @@ def verify(
     dtype: Asked = None,
     max_error: Annotated[float | None, typer.Option(help="of logits, relative to spread")] = None,
     max_kl: Annotated[float | None, typer.Option(help="limit of the mean KL, in nats")] = None,
+    text: Annotated[Path | None, typer.Option(help="a text to compare perplexities on")] = None,
     layer_by_layer: Annotated[
         bool, typer.Option("--layer-by-layer", help="never hold a whole model in memory")
     ] = False,
@@ -255,7 +256,7 @@ def verify(
 
     how: dict[str, Any] = {"model": model, "dtype": dtype, "accept_base": accept_base}
     limits: dict[str, Any] = {"max_error": max_error, "max_kl": max_kl}
-    limits["layer_by_layer"] = layer_by_layer
+    limits |= {"text": text, "layer_by_layer": layer_by_layer}
     if not verify_pair(reference, candidate, Terminal(as_json=as_json), **how, **limits):
         raise typer.Exit(1)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.text import Text
 
 from tsugiki.adapters.origin import adapter_folder, find_base
+from tsugiki.errors import DataError
 from tsugiki.files import human_bytes
 from tsugiki.merging import NAMES, Merged, plan_merge, type_code, write_merged
 from tsugiki.terminal import Terminal
@@ -88,6 +89,7 @@ def verify_pair(
     accept_base: bool = False,
     max_error: float | None = None,
     max_kl: float | None = None,
+    text: Path | None = None,
     layer_by_layer: bool = False,
 ) -> bool:
     """Compare two artefacts and show the table; true when nothing is beyond its limit.
@@ -97,6 +99,7 @@ def verify_pair(
         model: the base of whichever is an adapter; its own when None.
         dtype: the type that was asked of the candidate: f32, bf16 or f16.
         max_error, max_kl: limits of the logits instead of those of the type.
+        text: a text file whose first tokens' perplexities are compared.
         layer_by_layer: stream the weights even where a model would fit in memory.
 
     Raises:
@@ -107,6 +110,7 @@ def verify_pair(
     from tsugiki.proof.verify import verify
 
     began = time.monotonic()
+    read = None if text is None else read_text(text)
     first = open_artefact(reference, model, accept_base=accept_base)
     second = open_artefact(candidate, model, accept_base=accept_base)
     asked = None if dtype is None else NAMES[type_code(dtype)]
@@ -117,6 +121,7 @@ def verify_pair(
         max_error=max_error,
         max_kl=max_kl,
         memory=0 if layer_by_layer else free_memory("cpu"),
+        text=read,
     )
     for note in report.notes:
         terminal.say("note", Text(f"note: {note}", style="yellow"), text=note)
@@ -134,6 +139,19 @@ def verify_pair(
         seconds=seconds,
     )
     return report.ok
+
+
+def read_text(path: Path) -> str:
+    """The first megabyte of a text file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(1 << 20).decode("utf-8", errors="ignore")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
 
 
 def default_output(adapter: Path) -> Path:

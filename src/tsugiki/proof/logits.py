@@ -7,9 +7,11 @@ at all. Knows no tensors.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tsugiki.files import human_bytes
@@ -19,11 +21,12 @@ from tsugiki.models.spec import ModelSpec
 from tsugiki.proof.artefact import Artefact
 from tsugiki.proof.checks import LIMITS, Check
 from tsugiki.proof.streamed import stream, streamed_base
-from tsugiki.proof.texts import prompts
+from tsugiki.proof.texts import prompts, token_ids
 
 STEP = "5 logits"
 KEPT = 1 << 24  # logits kept of each model: 64 MB in fp32
 LOADING = 1.3  # memory while a model is loaded, relative to its fp32 weights
+TEXT = 256  # tokens of a text's sequences, four of them
 RANDOM = (48, 64, 33)  # lengths of the sequences of random ids
 
 
@@ -31,12 +34,14 @@ RANDOM = (48, 64, 33)  # lengths of the sequences of random ids
 class Probe:
     """Sequences laid end to end, and the positions whose logits are compared.
 
-    ids (1, T); at (n,).
+    ids (1, T); at (n,); following (n,): the next token of the text at that position, -1 where
+    there is none.
     """
 
     ids: Tensor
     lengths: tuple[int, ...]
     at: Tensor
+    following: Tensor
 
 
 @dataclass(frozen=True)
@@ -61,14 +66,16 @@ def compare_logits(
     max_error: float | None = None,
     max_kl: float | None = None,
     memory: int | None = None,
+    text: str | None = None,
 ) -> list[Check]:
     """Run both, one after the other, and compare.
 
     Args:
         max_error, max_kl: limits instead of those of the candidate's stored type.
         memory: bytes that a model may take; one that needs more in fp32 runs module by module.
+        text: its first tokens are run too, and the two perplexities compared.
     """
-    probe = make_probe(reference)
+    probe = make_probe(reference, text)
     ours, plain, first = logits_of(reference, probe, memory)
     theirs, _, second = logits_of(candidate, probe, memory)
     if ours.shape != theirs.shape:
@@ -92,6 +99,8 @@ def compare_logits(
         Check(STEP, "mean KL", f"{d.kl:.2e}", f"{kl:.0e}", d.kl <= kl, (), d.kl),
         Check(STEP, "largest KL, same first choice", f"{d.worst_kl:.1e}, {d.top1:.1%}", "–", True),
     ]
+    if text is not None:
+        checks.append(_perplexities(ours, theirs, probe, limits[2]))
     if plain is not None:
         effect = float((ours - plain).square().mean().sqrt() / plain.std().clamp_min(1e-30))
         dead = ("the adapter changes nothing: it is as it was before training",) * (effect == 0)
@@ -133,8 +142,11 @@ def logits_of(
     return run(base, probe), plain, largest
 
 
-def make_probe(artefact: Artefact) -> Probe:
-    """Rendered prompts and random ids; at most `KEPT` logits, last positions always."""
+def make_probe(artefact: Artefact, text: str | None = None) -> Probe:
+    """Rendered prompts, random ids and the start of a text.
+
+    At most `KEPT` logits; the last position of each sequence and the text's come first.
+    """
     spec = ModelSpec.from_folder(artefact.stored.folder)
     vocabulary, context = spec.vocab_size, spec.context
     generator = torch.Generator().manual_seed(20240229)
@@ -142,13 +154,38 @@ def make_probe(artefact: Artefact) -> Probe:
     for length in RANDOM:
         drawn = torch.randint(0, vocabulary, (min(length, context),), generator=generator)
         rows.append(drawn.tolist())
+    following = [-1] * sum(len(row) for row in rows)
+    if text is not None:
+        size = min(TEXT, context)
+        words = token_ids(artefact, text)[: 4 * size]
+        for start in range(0, len(words), size):
+            rows.append(words[start : start + size])
+            following += [*rows[-1][1:], -1]
     lengths = tuple(len(row) for row in rows)
     total = sum(lengths)
+    first = torch.zeros(total, dtype=torch.bool)
+    first[torch.tensor(lengths).cumsum(0) - 1] = True
+    first |= torch.tensor(following) >= 0
     keep = max(len(rows), min(total, KEPT // vocabulary))
-    ends = torch.tensor(lengths).cumsum(0) - 1
     order = torch.randperm(total, generator=generator)
-    at = torch.cat([ends, order[~torch.isin(order, ends)]])[:keep].sort().values
-    return Probe(torch.tensor([[i for row in rows for i in row]]), lengths, at)
+    at = torch.cat([order[first[order]], order[~first[order]]])[:keep].sort().values
+    ids = torch.tensor([[i for row in rows for i in row]])
+    return Probe(ids, lengths, at, torch.tensor(following)[at])
+
+
+def _perplexities(ours: Tensor, theirs: Tensor, probe: Probe, limit: float) -> Check:
+    """exp of the mean loss on the text, the candidate's over the reference's."""
+    known = probe.following >= 0
+    if not bool(known.any()):
+        return Check(STEP, "perplexity", "no text", "–", False, ("the text gives no two tokens",))
+    losses = [
+        float(F.cross_entropy(logits[known].double(), probe.following[known]))
+        for logits in (ours, theirs)
+    ]
+    ratio = math.exp(min(losses[1] - losses[0], 700.0)) if losses[1] == losses[1] else math.inf
+    figure = f"{math.exp(min(losses[0], 700.0)):.4g}, ratio {ratio:.6f}"
+    name = f"perplexity on {int(known.sum())} tokens of text"
+    return Check(STEP, name, figure, f"1 ± {limit:g}", abs(ratio - 1) <= limit, (), ratio)
 
 
 def run(base: Base, probe: Probe) -> Tensor:

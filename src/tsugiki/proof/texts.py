@@ -143,6 +143,11 @@ def prompts(artefact: Artefact) -> list[list[int]]:
     return [list(ids) for ids in made if not isinstance(ids, str) and ids]
 
 
+def token_ids(artefact: Artefact, text: str) -> list[int]:
+    """Of a text, as the model reads one."""
+    return _ids(artefact.chat().tokenizer, text, True)
+
+
 def _prompt(chat: ChatFormat, talk: tuple[Message, ...]) -> list[int] | str:
     """Ids, or why the template refuses the conversation."""
     try:

@@ -26,6 +26,7 @@ def verify(
     max_kl: float | None = None,
     logits: bool = True,
     memory: int | None = None,
+    text: str | None = None,
 ) -> Report:
     """Compare a candidate with its reference.
 
@@ -35,6 +36,7 @@ def verify(
         max_error, max_kl: limits of the logits instead of those of the type.
         logits: whether to load and run both models.
         memory: bytes that a loaded model may take; one that needs more runs module by module.
+        text: something to read, for the ratio of the perplexities.
     """
     notes = [*reference.notes, *candidate.notes]
     if candidate.changes is not None and reference.changes is None:
@@ -51,8 +53,16 @@ def verify(
         ("4 template", lambda: compare_templates(reference, candidate)),
     ]
     if logits:
-        run = partial(compare_logits, max_error=max_error, max_kl=max_kl, memory=memory)
-        steps.append(("5 logits", lambda: run(reference, candidate)))
+        run = partial(
+            compare_logits,
+            reference,
+            candidate,
+            max_error=max_error,
+            max_kl=max_kl,
+            memory=memory,
+            text=text,
+        )
+        steps.append(("5 logits", run))
     checks: list[Check] = []
     for step, compare in steps:
         try:
