@@ -17,6 +17,7 @@ from tsugiki.adapters.lora import LoraLinear
 from tsugiki.adapters.targets import Target, resolve_targets
 from tsugiki.config import LoraConfig
 from tsugiki.errors import AdapterError
+from tsugiki.models.tuned import Replacement
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,17 @@ def training_mode(model: nn.Module, on: bool) -> None:
 
 
 def detach(model: nn.Module) -> list[str]:
-    """Put the plain projections back and thaw what `attach` froze; returns the paths."""
+    """Put the plain modules back and thaw what `attach` froze; returns the projections' paths."""
     found = list(lora_modules(model))
     for path, module in found:
         _set(model, path, module.base)
         for parameter in module.thawed:
             parameter.requires_grad_(True)
+    for path, faster in list(model.named_modules()):
+        if isinstance(faster, Replacement):  # training put it there
+            original = faster.original[0]
+            original._modules.update(faster._modules)  # which may have been changed through it
+            _set(model, path, original)
     return [path for path, _ in found]
 
 
