@@ -18,7 +18,7 @@ from torch import Tensor
 from tsugiki.kernels.linear import FrozenWeight
 
 CHUNK = 40_000_000  # logits of one chunk: enough rows for a full-speed product
-CACHED = 1 << 19  # fp32 logits of one softmax block
+CACHED = 1 << 17  # fp32 logits of one softmax block, a row at least
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,10 @@ def _softmax_block(x: Tensor, targets: Tensor, head: Head, needs: bool) -> Tenso
     index = targets[:, None]
     best = x.amax(dim=-1, keepdim=True)
     picked = x.gather(1, index) - best
-    x.sub_(best).exp_()
-    sums = x.sum(dim=-1, keepdim=True)
-    loss = (sums.log() - picked).sum()
+    # one pass over the row; its largest probability is 1 / sum of exp(x - best)
+    torch.ops.aten._softmax.out(x, -1, False, out=x)
+    loss = -(x.amax(dim=-1, keepdim=True).log() + picked).sum()
     if needs:
-        x.div_(sums)
         x.scatter_add_(1, index, torch.full_like(picked, -1.0))
         if slope is not None:
             x.mul_(slope)
