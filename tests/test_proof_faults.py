@@ -17,16 +17,16 @@ from safetensors.torch import load_file, save_file
 from test_merging_peft import merged_by_peft, peft_adapter
 from tokenizers import AddedToken
 from tokenizers_for_tests import CHATML, tiny_tokenizer
+from typer.testing import CliRunner
 
 from tsugiki.adapters.algebra import LowRank, read_changes
+from tsugiki.cli import app
 from tsugiki.errors import TsugikiError
-from tsugiki.joining import verify_pair
 from tsugiki.merging import plan_merge, write_merged
 from tsugiki.models.shards import open_model
 from tsugiki.proof.artefact import open_artefact
 from tsugiki.proof.checks import Report
 from tsugiki.proof.verify import verify
-from tsugiki.terminal import Terminal
 
 TOKENIZER = tiny_tokenizer(CHATML)
 TOKENIZER.add_tokens(
@@ -294,15 +294,22 @@ def test_no_alarm_on_good_pairs(
     assert any(check.step == "5 logits" for check in report.checks)
 
 
-def test_the_verdict_is_an_exit_code(
-    place: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_verdict_is_an_exit_code(place: Callable[[str], Path], tmp_path: Path) -> None:
     home = place("qwen3")
     merged, base = str(home / "merged"), str(home / "base")
-    assert verify_pair(merged, merged, Terminal(as_json=True))
-    assert not verify_pair(merged, base, Terminal(as_json=True))
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["ok"] for line in lines if line["kind"] == "verdict"] == [True, False]
+    text = tmp_path / "text.txt"
+    text.write_text("名前はまだ無い。" * 9)
+    runner = CliRunner()
+    good = runner.invoke(app, ["verify", merged, merged, "--json", "--text", str(text)])
+    bad = runner.invoke(app, ["verify", merged, base, "--json", "--layer-by-layer"])
+    assert (good.exit_code, bad.exit_code) == (0, 1), (good.output, bad.output)
+    verdicts = [json.loads(run.output.splitlines()[-1]) for run in (good, bad)]
+    assert [verdict["ok"] for verdict in verdicts] == [True, False]
+    assert "numbers" in verdicts[1]["failed"]
+    arguments = ["merge", str(home / "adapter"), "--model", base, "--output", str(tmp_path / "out")]
+    done = runner.invoke(app, [*arguments, "--dtype", "bf16"])
+    assert done.exit_code == 0, done.output
+    assert "equal in all" in done.output
 
 
 def test_limits_can_be_changed(place: Callable[[str], Path], tmp_path: Path) -> None:

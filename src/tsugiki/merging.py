@@ -345,7 +345,7 @@ def _write_chat(plan: MergePlan, folder: Path) -> None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     path = folder / "generation_config.json"
     config = read_json(path) if path.is_file() else {}
-    known = config.get("eos_token_id")
+    known = config.get("eos_token_id", None if config else plan.base.setting("eos_token_id"))
     stops = [] if known is None else known if isinstance(known, list) else [known]
     more = [i for i in chat.get("stop_ids", []) if i not in stops]
     if more:

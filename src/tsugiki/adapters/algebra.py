@@ -216,8 +216,11 @@ class _Reading:
         if not name.startswith(PREFIX):
             self.wrong.append(f"{name}: not a name that PEFT writes")
             return
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            self.wrong.append(f"{name}: holds NaN or inf, or is not a floating type")
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            self.wrong.append(f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)}")
+            return
+        if not all(bool(torch.isfinite(end)) for end in tensor.aminmax()):
+            self.wrong.append(f"{name}: holds NaN or inf")
             return
         for end, part in PARTS.items():
             if path.endswith(end):
