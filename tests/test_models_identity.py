@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers_for_tests import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tsugiki.models.fingerprint import Fingerprint, fingerprint_folder
+from tsugiki.models.fingerprint import Fingerprint, fingerprint_folder, fingerprint_tensors
 from tsugiki.models.isolation import probe_isolation
-from tsugiki.models.spec import ModelSpec
+from tsugiki.models.spec import ModelSpec, NameMap
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +58,24 @@ def test_one_base_has_one_fingerprint(family: str, tmp_path: Path) -> None:
     tensors[name][0, 0] += 1
     save_file(tensors, first / "model.safetensors", metadata={"format": "pt"})
     assert identity(first).rounded != expected.rounded
+
+
+def test_few_tensors_are_in_memory_at_a_time() -> None:
+    """However large a model, its fingerprint holds a handful."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive = []
+
+    def tensors():  # type: ignore[no-untyped-def]
+        for number in range(60):
+            tensor = torch.full((1000,), float(number))
+            made.append(weakref.ref(tensor))
+            alive.append(sum(ref() is not None for ref in made))
+            yield f"weight{number}", tensor
+            del tensor
+
+    fingerprint_tensors(tensors(), NameMap(torch.nn.Linear(1, 1)))
+    assert len(alive) == 60
+    assert max(alive) <= 6
 
 
 def test_the_cache_is_only_for_the_same_files(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from tsugiki.training.checkpoint import checkpoints, newest_whole
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, rows, and an uninterrupted run to compare with."""
     folder = tmp_path_factory.mktemp("runs")
-    make_place(folder)
+    make_place(folder, forked)
     return folder
 
 

@@ -11,8 +11,9 @@ import contextlib
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +26,7 @@ from tsugiki.errors import TsugikiError
 from tsugiki.files import atomic_write
 
 VERSION = 1
+THREADS = 2
 BUFFERS = ("attn.bias", "attn.masked_bias", "rotary_emb.inv_freq", "inv_freq")
 
 
@@ -81,15 +83,20 @@ def fingerprint_stored(folder: Path, names: Names) -> Fingerprint:
 def fingerprint_tensors(tensors: Iterable[tuple[str, Tensor]], names: Names) -> Fingerprint:
     """Identity of (disk name, tensor) pairs, in any order."""
     lines: dict[str, tuple[str, str]] = {}
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        for path, exact, rounded in pool.map(
-            lambda item: _one(item[0], item[1]),
-            (
-                (names.to_module(disk) or disk, tensor)
-                for disk, tensor in tensors
-                if not (names.to_module(disk) is None and disk.endswith(BUFFERS))
-            ),
-        ):
+    wanted = (
+        (names.to_module(disk) or disk, tensor)
+        for disk, tensor in tensors
+        if not (names.to_module(disk) is None and disk.endswith(BUFFERS))
+    )
+    with ThreadPoolExecutor(max_workers=THREADS) as pool:
+        waiting: deque[Future[tuple[str, str, str]]] = deque()
+        for path, tensor in wanted:
+            waiting.append(pool.submit(_one, path, tensor))
+            if len(waiting) > THREADS:  # few tensors in memory at a time
+                path, exact, rounded = waiting.popleft().result()
+                lines[path] = (exact, rounded)
+        for future in waiting:
+            path, exact, rounded = future.result()
             lines[path] = (exact, rounded)
     for path in list(lines):
         partner = names.partner(path)
