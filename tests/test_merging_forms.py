@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import save_tiny
+from families import save_tiny, tiny_config
 from safetensors.torch import save_file
 from test_merging_peft import TOKENIZER, peft_adapter, tensors
 from tokenizers_for_tests import CHATML, tiny_tokenizer
@@ -22,7 +22,9 @@ from tsugiki.data.chat import ChatFormat
 from tsugiki.data.templates import FALLBACKS
 from tsugiki.joining import merge_adapter
 from tsugiki.merging import plan_merge, write_merged
+from tsugiki.models.fingerprint import fingerprint_folder
 from tsugiki.models.load import load_base, resolve_model
+from tsugiki.models.spec import ModelSpec
 from tsugiki.proof.artefact import open_artefact
 from tsugiki.proof.checks import Report
 from tsugiki.proof.texts import TALKS
@@ -88,6 +90,36 @@ def test_names_without_their_prefix(family: str, maker: str, tmp_path: Path) -> 
     adapter = open_artefact(str(tmp_path / "adapter"), str(base))
     report = verify(adapter, open_artefact(str(tmp_path / "out")))
     assert report.ok, failures(report)
+
+
+def test_a_language_model_inside_a_vision_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 3 with images: module path `model.language_model.…`, stored `language_model.model.…`."""
+    text = tiny_config("gemma3", len(TOKENIZER)).to_dict()
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4,
+        boi_token_index=5, eoi_token_index=6, image_token_index=7, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    targets = r".*language_model.*\.(q_proj|o_proj|up_proj)"
+    peft_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=targets)
+    plan = plan_merge(tmp_path / "adapter", tmp_path / "base")
+    assert len(plan.changes.by_name) == 9
+    write_merged(plan, tmp_path / "out")
+    adapter = open_artefact(str(tmp_path / "adapter"), str(tmp_path / "base"))
+    assert plan.identity is not None
+    spec = ModelSpec.from_folder(tmp_path / "base")
+    monkeypatch.setenv("TSUGIKI_CACHE", str(tmp_path / "cache"))  # or it would be read, not made
+    by_tree = fingerprint_folder(tmp_path / "base", spec.meta_model())
+    assert by_tree.exact == plan.identity.exact
+    for memory in (None, 0):
+        report = verify(adapter, open_artefact(str(tmp_path / "out")), memory=memory)
+        assert report.ok, failures(report)
 
 
 def test_an_architecture_outside_the_tables_merges_by_its_own_record(tmp_path: Path) -> None:
