@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 
 import pytest
-import torch
 from families import tiny_model
 from torch import nn
 from transformers import AutoConfig
@@ -16,8 +15,9 @@ from tsugiki.adapters.storage import load_adapter, save_adapter
 from tsugiki.adapters.targets import resolve_targets
 from tsugiki.config import LoraConfig
 from tsugiki.errors import AdapterError
+from tsugiki.models.flat import use_flat_attention
 from tsugiki.models.spec import ModelSpec
-from tsugiki.training.simple import train
+from tsugiki.models.tune import tune
 
 GPT2_MEDIUM = AutoConfig.for_model("gpt2", n_embd=1024, n_layer=24, n_head=16, vocab_size=32000)
 GPT2 = AutoConfig.for_model("gpt2")
@@ -121,17 +121,17 @@ def test_detach_gives_back_the_very_model(way: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_detach_gives_back_the_modules_that_training_replaced(family: str) -> None:
+def test_detach_gives_back_the_modules_that_a_run_replaced(family: str) -> None:
+    """As a run leaves it: adapters attached, modules replaced by proven faster ones."""
     model = tiny_model(family)
     before = [(name, id(m)) for name, m in model.named_modules()]
-    values = [p.clone() for p in model.parameters()]
     attach(model, LoraConfig(r=2))
-    train(model, [([5, 9, 20], [-100, 9, 20])], steps=2, learning_rate=1e-2)
-    assert [(name, id(m)) for name, m in model.named_modules()] != before
+    use_flat_attention(model)
+    attached = [(name, id(m)) for name, m in model.named_modules()]
+    assert tune(model).replaced
+    assert [(name, id(m)) for name, m in model.named_modules()] != attached
     detach(model)
     assert [(name, id(m)) for name, m in model.named_modules()] == before
-    assert all(torch.equal(a, b) for a, b in zip(values, model.parameters(), strict=True))
-    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_any_module_can_be_adapted() -> None:

@@ -11,16 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, save_tiny
+from families import FAMILIES, save_tiny, tiny_model
 from tokenizers_for_tests import CHATML, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tsugiki.adapters.attach import attach, detach
 from tsugiki.adapters.storage import load_adapter, save_adapter
 from tsugiki.config import LoraConfig, build_config
 from tsugiki.engine.engine import Engine, Request
 from tsugiki.engine.sampling import Sampling
-from tsugiki.errors import NonFiniteError
+from tsugiki.errors import AdapterError, NonFiniteError
 from tsugiki.models.hub import resolve_model
+from tsugiki.models.isolation import probe_isolation
 from tsugiki.models.load import load_base
 from tsugiki.pipelines import run_training
 from tsugiki.terminal import Terminal
@@ -230,6 +232,47 @@ def test_each_family_trains_saves_loads_and_answers(family: str, tmp_path: Path)
     assert [c.ids for c in Engine(base).complete([ask])] == plain
     load_adapter(base.model, tmp_path / "adapter")
     assert [c.ids for c in Engine(base).complete([ask])] == tuned
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_the_plain_api_leaves_a_model_as_it_was(family: str) -> None:
+    """Any transformers model, also one that would mix documents: the right loss, then usable."""
+    if family == "bloom":
+        config = AutoConfig.for_model("bloom", hidden_size=32, n_layer=2, n_head=2, vocab_size=320)
+        model = AutoModelForCausalLM.from_config(config).train()
+    else:
+        model = tiny_model(family).train()
+    assert probe_isolation(model.config).holds is (family != "bloom")
+    ids = torch.randint(4, 300, (1, 12), generator=torch.Generator().manual_seed(0))
+    rows = [
+        (ids[0, :7].tolist(), [-100] * 3 + ids[0, 3:7].tolist()),
+        (ids[0].tolist(), [-100, *ids[0, 1:].tolist()]),
+    ]
+    attach(model, LoraConfig(r=2))
+    state = [(name, id(m), m.training) for name, m in model.named_modules()]
+    attention = model.config._attn_implementation
+    with torch.no_grad():
+        model.eval()
+        total = sum(
+            torch.nn.functional.cross_entropy(
+                model(torch.tensor([i])).logits[0, :-1], torch.tensor(labels[1:]), reduction="sum"
+            )
+            for i, labels in rows
+        )
+        model.train()
+    losses = train(model, rows, steps=3, learning_rate=1e-2)
+    assert losses[0] == pytest.approx(float(total) / (4 + 11), rel=1e-5)
+    assert losses[-1] < losses[0]
+    assert [(name, id(m), m.training) for name, m in model.named_modules()] == state
+    assert model.config._attn_implementation == attention
+    assert model(ids).logits.isfinite().all()
+
+
+def test_the_plain_api_needs_a_causal_model() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    attach(model, LoraConfig(r=1, targets=("1",)))
+    with pytest.raises(AdapterError, match="transformers causal model"):
+        train(model, [([1, 2], [-100, 2])], steps=1, learning_rate=1e-3)
 
 
 def test_a_second_ctrl_c_leaves_at_once() -> None:

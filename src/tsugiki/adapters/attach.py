@@ -17,7 +17,7 @@ from tsugiki.adapters.lora import LoraLinear
 from tsugiki.adapters.targets import Target, resolve_targets
 from tsugiki.config import LoraConfig
 from tsugiki.errors import AdapterError
-from tsugiki.models.tuned import Replacement
+from tsugiki.models.tune import untune
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,7 @@ def detach(model: nn.Module) -> list[str]:
         _set(model, path, module.base)
         for parameter in module.thawed:
             parameter.requires_grad_(True)
-    for path, faster in list(model.named_modules()):
-        if isinstance(faster, Replacement):  # training put it there
-            original = faster.original[0]
-            original._modules.update(faster._modules)  # which may have been changed through it
-            _set(model, path, original)
+    untune(model)
     return [path for path, _ in found]
 
 

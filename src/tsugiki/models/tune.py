@@ -95,6 +95,17 @@ def tune(model: nn.Module) -> Tuned:
     return tuned
 
 
+def untune(model: nn.Module) -> None:
+    """Put every original back in its replacement's place, with today's children."""
+    for path, faster in list(model.named_modules()):
+        if isinstance(faster, Replacement):
+            original = faster.original[0]
+            original._modules.update(faster._modules)
+            original.training = faster.training
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, original)
+
+
 @dataclass
 class _Seen:
     """Inputs of each module of interest, by path, and what each layer asked of the attention."""

@@ -5,21 +5,29 @@ The objective, schedule and step of a full run, without folders and checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from tsugiki.adapters.attach import lora_modules, training_mode
 from tsugiki.data.chat import IGNORED, Example
 from tsugiki.data.loader import Loader
 from tsugiki.errors import AdapterError, DataError, UsageError
 from tsugiki.kernels.batch import ForwardBatch
-from tsugiki.models.flat import flat_forward, use_flat_attention
+from tsugiki.models.flat import (
+    flat_forward,
+    solo_forward,
+    use_flat_attention,
+    use_own_attention,
+)
+from tsugiki.models.isolation import probe_isolation
 from tsugiki.models.load import Base
-from tsugiki.models.tune import Tuned, tune
+from tsugiki.models.tune import Tuned, tune, untune
 from tsugiki.training.objective import summed_loss
 from tsugiki.training.ranks import ranks
 from tsugiki.training.schedule import learning_rate as rate_at
@@ -40,10 +48,11 @@ def train(
     max_grad_norm: float = 1.0,
     seed: int = 0,
 ) -> list[float]:
-    """Train the adapter that `tsugiki.attach` put on a model.
+    """Train the adapter that `tsugiki.attach` put on a model; all else of it stays as it was.
 
     Args:
-        model: a transformers causal model that keeps packed documents apart.
+        model: any transformers causal model; documents lie end to end where its architecture
+            keeps them apart, else each runs alone.
         rows: (ids, labels) of equal length, label -100 where nothing is trained.
         steps: optimiser steps.
 
@@ -51,7 +60,7 @@ def train(
         The loss of each step, nats per labelled token.
 
     Raises:
-        AdapterError: nothing is attached.
+        AdapterError: nothing is attached, or not a transformers causal model.
         DataError: no rows, or rows that train nothing.
         UsageError: steps below 1.
         NonFiniteError: NaN or inf, before the update.
@@ -65,30 +74,49 @@ def train(
     )
     if not any(label != IGNORED for e in examples for label in e.labels[1:]):
         raise DataError("no row has a label that can be trained")
-    use_flat_attention(model)
-    bare = _Bare(model, tune(model))
-    torch.manual_seed(seed)
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(trained, weight_decay, bare.device)
-    among = ranks(bare.device)
-    loader = Loader(
-        examples,
-        micro_batch=batch_size,
-        accumulation=gradient_accumulation_steps * among.world,
-        seed=seed,
-    )
-    training_mode(model, True)
     losses = []
-    for step in range(1, steps + 1):
-        done = optimiser_step(
-            step, next(loader).passes,
-            lambda *given: summed_loss(cast(Base, bare), *given), trained, optimizer,
-            rate=rate_at(step, steps, learning_rate, warmup_ratio, scheduler),
-            max_grad_norm=max_grad_norm, ranks=among,
-        )  # fmt: skip
-        losses.append(done.loss)
-    training_mode(model, False)
+    with _made_ready(model) as bare:
+        torch.manual_seed(seed)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        optimizer = make_optimizer(trained, weight_decay, bare.device)
+        among = ranks(bare.device)
+        loader = Loader(
+            examples,
+            micro_batch=batch_size,
+            accumulation=gradient_accumulation_steps * among.world,
+            seed=seed,
+        )
+        training_mode(model, True)
+        for step in range(1, steps + 1):
+            done = optimiser_step(
+                step, next(loader).passes,
+                lambda *given: summed_loss(cast(Base, bare), *given), trained, optimizer,
+                rate=rate_at(step, steps, learning_rate, warmup_ratio, scheduler),
+                max_grad_norm=max_grad_norm, ranks=among,
+            )  # fmt: skip
+            losses.append(done.loss)
     return losses
+
+
+@contextlib.contextmanager
+def _made_ready(model: nn.Module) -> Iterator[_Bare]:
+    """Our attention and faster modules for a while; then everything is put back."""
+    config = getattr(model, "config", None)
+    choose = getattr(model, "set_attn_implementation", None)
+    if not isinstance(config, PretrainedConfig) or choose is None:
+        raise AdapterError(
+            "tsugiki.train needs a transformers causal model", got=type(model).__name__
+        )
+    flat = probe_isolation(config).holds
+    attention, modes = config._attn_implementation, [(m, m.training) for m in model.modules()]
+    try:
+        (use_flat_attention if flat else use_own_attention)(model)
+        yield _Bare(model, tune(model), flat)
+    finally:
+        untune(model)
+        choose(attention)
+        for module, mode in modes:
+            module.training = mode
 
 
 @dataclass(frozen=True)
@@ -97,7 +125,7 @@ class _Bare:
 
     model: nn.Module
     tuned: Tuned
-    flat: bool = True
+    flat: bool
 
     @property
     def device(self) -> torch.device:
@@ -106,4 +134,6 @@ class _Bare:
 
     def forward(self, ids: Tensor, batch: ForwardBatch, logits_at: Tensor | None = None) -> Tensor:
         """Logits (1, n, V) of sequences laid end to end."""
-        return flat_forward(self.model, ids, batch, logits_at=logits_at)
+        if self.flat:
+            return flat_forward(self.model, ids, batch, logits_at=logits_at)
+        return solo_forward(self.model, ids, batch.lengths, logits_at=logits_at)
