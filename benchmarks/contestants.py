@@ -47,17 +47,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     rows = random_rows(config.vocab_size, options.rows, options.length)
     make = ours if name.startswith("ours") else theirs
     step, note = make(name, model, shape, rows)
+    clock = clockwork.clock_of(options.clock)
     loaded = clockwork.peak_rss()
     step()
     seconds, faults = [], []
     for _ in range(options.steps):
-        began, before = clockwork.clock(), clockwork.page_faults()
+        began, before = clock(), clockwork.page_faults()
         step()
-        seconds.append(clockwork.clock() - began)
+        seconds.append(clock() - began)
         faults.append(clockwork.page_faults() - before)
     peak = clockwork.peak_rss()
     tokens = options.rows * options.length
-    rates = {f"{n}x{k}": best_rate(n, k, tokens) for n, k in counts}
+    rates = {f"{n}x{k}": best_rate(n, k, tokens, clock) for n, k in counts}
     return {
         "seconds": seconds,
         "page_faults": statistics.median(faults),
@@ -138,24 +139,26 @@ def theirs(name: str, model: nn.Module, shape: Shape, rows: list[Example]) -> tu
     return step, note
 
 
-def best_rate(out: int, width: int, tokens: int, seconds: float = 1.0) -> float:
+def best_rate(
+    out: int, width: int, tokens: int, clock: Callable[[], float], seconds: float = 1.0
+) -> float:
     """FLOP/s of the best of several products (T, in)·(in, out) and (T, out)·(out, in), warm."""
     tokens = min(tokens, max(128, 400_000_000 // (2 * out)))
     x = torch.randn(tokens, width).bfloat16()
     w = torch.randn(out, width).bfloat16()
     y, back = torch.randn(tokens, out).bfloat16(), torch.empty(tokens, width).bfloat16()
     best = 0.0
-    until = clockwork.clock() + seconds
+    until = clock() + seconds
     rounds = 0
-    while rounds < 3 or clockwork.clock() < until:
+    while rounds < 3 or clock() < until:
         rounds += 1
         for run_product in (
             lambda: torch.mm(x, w.T, out=y),
             lambda: torch.mm(y, w, out=back),
         ):
-            began = clockwork.clock()
+            began = clock()
             run_product()
-            best = max(best, 2 * tokens * out * width / (clockwork.clock() - began))
+            best = max(best, 2 * tokens * out * width / (clock() - began))
     return best
 
 

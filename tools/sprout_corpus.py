@@ -362,15 +362,81 @@ RUNNING_JA = [
 ]  # fmt: skip
 
 
+GLUE_EN = (
+    """
+and|with|for|to|from|in|at|near|before|after|told|asked|met|has|had|wants|needs|gave|is|was|of|or|but
+about|under|without|because of|next to|instead of|went to|came from|would like|looks like|is called
+will see|can use|takes|brings|, then|; also|: that is|, says|'s|, who knew|on the way to|, please,
+""".replace("\n", "|")
+    .strip("|")
+    .split("|")
+)
+GLUE_JA = (
+    """
+は|を|に|の|と|で|が|も|へ|から|まで|より|や|、|さんの|さんに|さんが|さんは|さんと|さんを|という|について
+ですが、|です。|だと|として|のための|の近くで|の前に|の後に|を持って|に会って|へ行き、|で見た|と呼ばれる
+の代わりに|を借りた|が好きな|による|のある|ではなく|だけ|など|さんも|様の|君が|ちゃんと|の中の|に似た
+""".replace("\n", "|")
+    .strip("|")
+    .split("|")
+)
+START_EN = [
+    "",
+    "",
+    "",
+    "The ",
+    "Please tell ",
+    "Did ",
+    "Yesterday ",
+    "For ",
+    "If ",
+    "I saw ",
+    "With ",
+]
+START_JA = ["", "", "", "", "昨日、", "もし", "私は", "あの", "今日の", "では、", "次は"]
+END_EN = [".", ".", "?", "!", " again.", ", I think.", " today.", ", please.", ", is it not?"]
+END_JA = [
+    "。",
+    "。",
+    "です。",
+    "ですか。",
+    "だった。",
+    "ください。",
+    "を見た。",
+    "になる。",
+    "でした。",
+    "へ。",
+    "だよ。",
+]
+
+
+def sentence(w: Words, ja: bool, words: list[str]) -> str:
+    """The words in order, with particles or function words between them."""
+    rng = w.rng
+    if len(words) == 4 and rng.random() < 0.35:
+        text = rng.choice(RUNNING_JA if ja else RUNNING_EN).format(*words)
+        return text if text.endswith("?") else text + ("。" if ja else ".")
+    text = rng.choice(START_JA if ja else START_EN) + words[0]
+    for word in words[1:]:
+        glue = rng.choice(GLUE_JA if ja else GLUE_EN)
+        text += glue + word if ja else f"{'' if glue[0] in ',;:' + chr(39) else ' '}{glue} {word}"
+    return text + rng.choice(END_JA if ja else END_EN)
+
+
 def running(w: Words, ja: bool) -> Turns:
     """Words inside one running sentence, picked out in order; neighbours are only particles."""
     rng = w.rng
-    words = [w.japanese() if ja else w.english() for _ in range(4)]
-    text = rng.choice(RUNNING_JA if ja else RUNNING_EN).format(*words) + ("。" if ja else ".")
+    size = rng.choice((2, 3, 4, 4, 5))
+    words = [w.japanese() if ja else w.english() for _ in range(size)]
+    if rng.random() < 0.25:
+        words[rng.randrange(size)] = str(rng.randint(1, 999))
+    text = sentence(w, ja, words)
     text = text[0].upper() + text[1:] if not ja and rng.random() < 0.5 else text
-    count = rng.randint(1, 4)
+    count = rng.randint(1, size)
     places = (
-        sorted(rng.sample(range(4), count)) if rng.random() < 0.7 else rng.sample(range(4), count)
+        sorted(rng.sample(range(size), count))
+        if rng.random() < 0.6
+        else rng.sample(range(size), count)
     )
     sep = rng.choice(SEPARATORS)
     form = sep.join(str(i + 1) for i in places)
@@ -464,7 +530,7 @@ def talk(w: Words, ja: bool) -> Turns:
 
 
 KINDS: list[tuple[Callable[[Words, bool], Turns], int]] = [
-    (echo, 12), (pick, 12), (lookup, 12), (extract, 26), (running, 26), (pattern, 10), (swap, 8),
+    (echo, 10), (pick, 10), (lookup, 12), (extract, 26), (running, 32), (pattern, 12), (swap, 8),
     (arithmetic, 4), (talk, 10),
 ]  # fmt: skip
 
