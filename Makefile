@@ -44,7 +44,7 @@ demo: $(VENV)/.core
 	$(VENV)/bin/tsugiki demo
 
 test: $(VENV)/.test
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

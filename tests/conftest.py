@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# One thread: two test processes fill two cores, tiny models gain nothing from a second thread, and
+# runs that are compared byte for byte must sum in one order.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
