@@ -352,6 +352,9 @@ def main() -> None:
     """Run the CLI; every TsugikiError becomes a message and an exit code, never a traceback."""
     from tsugiki.errors import TsugikiError
 
+    # Read when torch is loaded, here or in the child. Threads that spin while they wait keep the
+    # one they wait for off a busy core: a step then takes many times as long (docs/log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(standalone_mode=True)
     except TsugikiError as error:
