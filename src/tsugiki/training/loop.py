@@ -35,6 +35,7 @@ from tsugiki.training.events import (
     Event,
     Finished,
     Logged,
+    Noted,
     Resumed,
     Sampled,
     Saved,
@@ -94,7 +95,7 @@ def train(
         if settings.method == "lora":
             generator = torch.Generator().manual_seed(settings.seed)
             attach(model, config.lora, generator=generator)
-            yield Advice(base.make_fast())
+            yield Noted(base.make_fast())
         else:
             model.requires_grad_(True)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
