@@ -15,8 +15,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-FAMILIES = ("attention", "lowrank", "product", "norms", "activations", "loss", "nf4")
+FAMILIES = (
+    "attention", "lowrank", "product", "norms", "activations", "loss", "nf4", "nf4_product",
+)  # fmt: skip
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Before compute capability 8 Triton multiplies without tensor cores, and spills what it holds.
+PRODUCTS = ("lowrank", "product", "nf4_product")
 
 
 def triton_runs(x: Tensor, family: str) -> bool:
@@ -30,6 +34,8 @@ def why_plain(device: torch.device, dtype: torch.dtype, family: str) -> str:
     reason = ""
     if family != "attention" and importlib.util.find_spec("triton") is None:
         reason = "triton is not installed (pip install 'tsugiki[cuda]')"
+    elif family in PRODUCTS and torch.cuda.get_device_capability(device) < (8, 0):
+        reason = "Triton has no tensor-core products for this GPU"
     else:
         try:
             from tsugiki.kernels.gpu.proof import prove

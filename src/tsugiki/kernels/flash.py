@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from tsugiki.kernels.backend import why_plain
 
 WIDEST = 256  # of a head; a multiple of eight
 # torch before 2.12 takes grouped heads without being told
-_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+_KNOWN = inspect.signature(varlen_attn).parameters
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _KNOWN else {}
 
 
 def flash_runs(q: Tensor, k: Tensor, v: Tensor) -> bool:

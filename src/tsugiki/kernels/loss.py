@@ -91,7 +91,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def _softmax(logits: Tensor, targets: Tensor, head: Head, factor: float, needs: bool) -> Tensor:
-    """Sum of −log p(target); with `needs`, W·h (n, V) becomes factor · d loss / d (W·h) in place."""
+    """Sum of −log p(target); with `needs`, logits (n, V) become factor · d loss / d (W·h)."""
     if triton_runs(logits, "loss"):
         from tsugiki.kernels.gpu.loss import softmax_rows
 

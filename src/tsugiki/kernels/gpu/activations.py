@@ -84,7 +84,7 @@ def gate_back(
     grad_e: Tensor,
     grad_g: Tensor | None,
 ) -> None:
-    """From dh (T, m): dE and dG, and h again where a tensor for it is given; dG may be dh itself."""
+    """From dh (T, m): dE and dG (which may be dh itself), and h again where it has a place."""
     count, width = e.shape
     unused = grad_e
     gate_in, again = unused if g is None else g, unused if h is None else h

@@ -63,9 +63,10 @@ def softmax_rows(
     factor: float,
     needs: bool,
 ) -> Tensor:
-    """−log p(target) of each row (n,), fp32; with `needs`, logits (n, V) become factor·d loss/d (W·h).
+    """−log p(target) of each row (n,), fp32; logits (n, V) are W·h.
 
-    p is the softmax of c·tanh(scale·logits / c), or of scale·logits without a cap.
+    With `needs` they become factor · d loss / d (W·h). p is the softmax of scale·logits, or of
+    c·tanh(scale·logits / c) with a cap.
     """
     assert logits.stride(1) == 1
     rows, vocab = logits.shape

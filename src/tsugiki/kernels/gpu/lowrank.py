@@ -22,7 +22,7 @@ WIDE = 128  # columns of a tile
 
 def rank_block(rank: int) -> int:
     """Ranks of one tile: what `tl.dot` takes, at most 64."""
-    return min(64, max(16, triton.next_power_of_2(rank)))
+    return min(64, max(16, 1 << (rank - 1).bit_length()))
 
 
 @triton.jit(do_not_specialize=SEEDS)
@@ -48,9 +48,7 @@ def _shrink(
             other=0.0,
         )
         total = tl.dot(tile, matrix, total, input_precision="ieee")
-    tl.store(
-        s + at * st + ranks[None], total * gain, mask=(rows < T)[:, None] & (ranks < R)[None]
-    )
+    tl.store(s + at * st + ranks[None], total * gain, mask=(rows < T)[:, None] & (ranks < R)[None])
 
 
 def shrink(x: Tensor, a: Tensor, rate: float, seed: int) -> Tensor:
@@ -96,9 +94,7 @@ def _add(
     tl.store(place, tl.load(place, mask=inside, other=0.0).to(tl.float32) + total, mask=inside)
 
 
-def add_product(
-    onto: Tensor, s: Tensor, b: Tensor, scale: float, rate: float, seed: int
-) -> Tensor:
+def add_product(onto: Tensor, s: Tensor, b: Tensor, scale: float, rate: float, seed: int) -> Tensor:
     """onto (T, n) += dropout(scale·s·bᵀ) in place; s (T, R), b (n, R), any strides."""
     (count, width), rank = onto.shape, b.shape[1]
     grid = (triton.cdiv(count, ROWS), triton.cdiv(width, WIDE))
@@ -140,9 +136,7 @@ def _pair(
     tl.store(part_b + place, total, mask=(columns < N)[:, None] & (ranks < R)[None])
 
 
-def pair_gradients(
-    grad: Tensor, s: Tensor, b: Tensor, scale: float, out: Tensor
-) -> Tensor:
+def pair_gradients(grad: Tensor, s: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
     """out (T, r) = scale·grad·b; returns scale·gradᵀ·s (n, r) in fp32. grad is read once."""
     (count, width), rank = grad.shape, b.shape[1]
     block = rank_block(rank)
@@ -206,4 +200,4 @@ def grad_of_a(grad_s: Tensor, x: Tensor, rate: float, seed: int) -> Tensor:
 def _share(count: int, across: int) -> int:
     """Rows of one part: enough parts to fill a GPU, whole tiles, no more than needed."""
     parts = max(1, PROGRAMS // across)
-    return max(32, triton.cdiv(triton.cdiv(count, parts), 32) * 32)
+    return max(32, -(-count // (32 * parts)) * 32)

@@ -23,8 +23,8 @@ NESTED = tl.constexpr(256)
 class Packed(NamedTuple):
     """An NF4 matrix of n weights in B = ⌈n / 64⌉ blocks.
 
-    codes (32·B,) uint8; absmax (B,) uint8, places in `map`; scales (⌈B / 256⌉,) and offset (1,) fp32;
-    levels (16,) and map (256,) fp32: the two tables.
+    codes (32·B,) uint8; absmax (B,) uint8, places in `map`; scales (⌈B / 256⌉,) and offset (1,)
+    fp32; levels (16,) and map (256,) fp32: the two tables.
     """
 
     codes: Tensor

@@ -1,4 +1,4 @@
-"""Triton bodies of the row norms and of rotary embedding: each tensor is read once and written once.
+"""Triton bodies of row norms and rotary embedding: each tensor is read once and written once.
 
 Sums are fp32. A program takes several rows where rows are short (head norms).
 """
