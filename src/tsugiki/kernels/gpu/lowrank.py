@@ -17,7 +17,7 @@ from tsugiki.kernels.gpu.masks import SEEDS, kept, mask_of
 
 PROGRAMS = 256  # wanted at least: a constant, so that sums do not depend on the GPU
 ROWS = 64
-WIDE = 128  # columns of a tile
+WIDE = 256  # bytes of a tile's row: 128 columns of half precision, 64 of single
 
 
 def rank_block(rank: int) -> int:
@@ -58,9 +58,10 @@ def shrink(x: Tensor, a: Tensor, rate: float, seed: int) -> Tensor:
     block = rank_block(rank)
     rows = 16 if count <= 16 else 32 if count < ROWS * PROGRAMS else ROWS
     grid = (triton.cdiv(count, rows), triton.cdiv(rank, block))
+    wide = WIDE // x.element_size()
     _shrink[grid](
         x, a, s, count, width, rank, *x.stride(), *a.stride(), rank, *mask_of(rate, seed),
-        DROP=rate > 0, BT=rows, BK=WIDE, BR=block, num_warps=4,
+        DROP=rate > 0, BT=rows, BK=wide, BR=block, num_warps=4,
     )  # fmt: skip
     return s
 
@@ -97,10 +98,11 @@ def _add(
 def add_product(onto: Tensor, s: Tensor, b: Tensor, scale: float, rate: float, seed: int) -> Tensor:
     """onto (T, n) += dropout(scale·s·bᵀ) in place; s (T, R), b (n, R), any strides."""
     (count, width), rank = onto.shape, b.shape[1]
-    grid = (triton.cdiv(count, ROWS), triton.cdiv(width, WIDE))
+    wide = WIDE // onto.element_size()
+    grid = (triton.cdiv(count, ROWS), triton.cdiv(width, wide))
     _add[grid](
         onto, s, b, count, width, rank, *onto.stride(), *s.stride(), *b.stride(), scale,
-        *mask_of(rate, seed), DROP=rate > 0, BT=ROWS, BN=WIDE, BR=rank_block(rank), num_warps=4,
+        *mask_of(rate, seed), DROP=rate > 0, BT=ROWS, BN=wide, BR=rank_block(rank), num_warps=4,
     )  # fmt: skip
     return onto
 
@@ -140,7 +142,7 @@ def pair_gradients(grad: Tensor, s: Tensor, b: Tensor, scale: float, out: Tensor
     """out (T, r) = scale·grad·b; returns scale·gradᵀ·s (n, r) in fp32. grad is read once."""
     (count, width), rank = grad.shape, b.shape[1]
     block = rank_block(rank)
-    wide = 2 * WIDE
+    wide = 2 * WIDE // grad.element_size()
     across = triton.cdiv(width, wide)
     each = _share(count, across)
     down = triton.cdiv(count, each)
@@ -186,13 +188,14 @@ def grad_of_a(grad_s: Tensor, x: Tensor, rate: float, seed: int) -> Tensor:
     """grad_sᵀ·dropout(x): grad_s (T, R), x (T, k) → (R, k) in fp32."""
     (count, width), rank = x.shape, grad_s.shape[1]
     block = rank_block(rank)
-    across = triton.cdiv(width, WIDE)
+    wide = WIDE // x.element_size()
+    across = triton.cdiv(width, wide)
     each = _share(count, across)
     down = triton.cdiv(count, each)
     part = torch.empty(down, rank, width, dtype=torch.float32, device=x.device)
     _grad_a[(down, across, triton.cdiv(rank, block))](
         grad_s, x, part, count, width, rank, each, *grad_s.stride(), *x.stride(),
-        *mask_of(rate, seed), DROP=rate > 0, BT=32, BK=WIDE, BR=block, num_warps=4,
+        *mask_of(rate, seed), DROP=rate > 0, BT=32, BK=wide, BR=block, num_warps=4,
     )  # fmt: skip
     return part.sum(0)
 

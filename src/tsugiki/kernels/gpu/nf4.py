@@ -104,6 +104,6 @@ def matmul(x: Tensor, packed: Packed, out_features: int) -> Tensor:
     grid = (triton.cdiv(out_features, 32), triton.cdiv(rows, high))
     _matmul[grid](
         x, *packed, y, rows, out_features, width, x.stride(0),
-        BM=high, BN=32, BK=64, num_warps=4, enable_fp_fusion=False,
+        BM=high, BN=32, BK=128 // x.element_size(), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return y
