@@ -1,4 +1,4 @@
-"""What a GPU runs once one is there: kernels judged, products timed, one LoRA step beside its peers.
+"""What a GPU runs once one is there: kernels judged, products timed, a LoRA step beside its peers.
 
     python -m benchmarks.gpu [--shape llama3-8b] [--against peft,peft-tuned,peft-nf4] [--record]
     python -m benchmarks.gpu --device cpu --shape tiny      # the same road with the plain bodies
@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--length", type=int, default=2048)
     made.add_argument("--rounds", type=int, default=2, help="processes of each contestant")
     made.add_argument("--steps", type=int, default=5, help="timed steps of each process")
+    made.add_argument("--budget", type=float, default=0.4, help="seconds for each timed product")
     made.add_argument("--json", action="store_true")
     made.add_argument("--record", action="store_true", help="write benchmarks/results/gpu.json")
     made.add_argument("--worker", help=argparse.SUPPRESS)
@@ -101,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _worker(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """One part in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--worker", name]
-    for key in ("device", "shape", "layers", "rows", "length", "steps"):
+    for key in ("device", "shape", "layers", "rows", "length", "steps", "budget"):
         value = getattr(options, key)
         if value is not None:
             command += [f"--{key}", str(value)]

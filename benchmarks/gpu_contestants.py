@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.worker == "products":
         with torch.device("meta"):
             sizes = products(make_model(config, torch.bfloat16))
-        return {"rows": times(sizes, options.rows * options.length, device)}
+        return {"rows": times(sizes, options.rows * options.length, device, options.budget)}
     return timed_step(options, config, device)
 
 
@@ -58,7 +58,7 @@ def kernels(device: torch.device) -> dict[str, Any]:
 
 
 def times(
-    sizes: dict[tuple[int, int], int], tokens: int, device: torch.device
+    sizes: dict[tuple[int, int], int], tokens: int, device: torch.device, budget: float
 ) -> dict[str, dict[str, float | None]]:
     """'OUTxIN' → milliseconds of the library's product, of it and a term, of the fused one."""
     rows: dict[str, dict[str, float | None]] = {}
@@ -76,14 +76,16 @@ def times(
             add_product(y, s, b, 0.5)
 
         rows[f"{out}x{width}"] = {
-            "plain": 1e3 * best_seconds(plain, device),
-            "term": 1e3 * best_seconds(with_term, device),
-            "fused": _fused(x, w, s, b, device),
+            "plain": 1e3 * best_seconds(plain, device, budget),
+            "term": 1e3 * best_seconds(with_term, device, budget),
+            "fused": _fused(x, w, s, b, device, budget),
         }
     return rows
 
 
-def _fused(x: Tensor, w: Tensor, s: Tensor, b: Tensor, device: torch.device) -> float | None:
+def _fused(
+    x: Tensor, w: Tensor, s: Tensor, b: Tensor, device: torch.device, budget: float
+) -> float | None:
     """Milliseconds, the best of some tiles; None where Triton does not run."""
     if device.type != "cuda":
         return None
@@ -93,7 +95,7 @@ def _fused(x: Tensor, w: Tensor, s: Tensor, b: Tensor, device: torch.device) -> 
     for tiles in (HALF, Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 32, 4, 4)):
         try:
             spent = 1e3 * best_seconds(
-                lambda t=tiles: product(x, w.T, term=(s, b.T), scale=0.5, tiles=t), device
+                lambda t=tiles: product(x, w.T, term=(s, b.T), scale=0.5, tiles=t), device, budget
             )
         except Exception:  # this GPU does not hold such tiles
             continue
@@ -101,7 +103,7 @@ def _fused(x: Tensor, w: Tensor, s: Tensor, b: Tensor, device: torch.device) -> 
     return best
 
 
-def best_seconds(work: Callable[[], object], device: torch.device, budget: float = 0.5) -> float:
+def best_seconds(work: Callable[[], object], device: torch.device, budget: float) -> float:
     """The shortest of repeated runs, after one to warm up."""
 
     def once() -> float:
@@ -151,7 +153,7 @@ def timed_step(options: argparse.Namespace, config: Any, device: torch.device) -
         "allocated": allocated,
         "reserved": reserved,
         "loaded": loaded,
-        "rates": {f"{n}x{k}": rate(n, k, tokens, device, dtype) for n, k in counts},
+        "rates": {f"{n}x{k}": rate(n, k, tokens, device, dtype, options.budget) for n, k in counts},
         "weights": sum(n * k * count for (n, k), count in counts.items()),
         "full_flops": contestants.full_flops(counts, config, options.rows, options.length),
         "note": note,
@@ -203,8 +205,10 @@ def memory(device: torch.device) -> tuple[int, int]:
     return clockwork.peak_rss(), clockwork.peak_rss()
 
 
-def rate(n: int, k: int, tokens: int, device: torch.device, dtype: torch.dtype) -> float:
+def rate(
+    n: int, k: int, tokens: int, device: torch.device, dtype: torch.dtype, budget: float
+) -> float:
     """FLOP/s of (T, k)·(k, n) or (T, n)·(n, k), whichever is faster."""
     x, w, y = (torch.randn(*s, device=device).to(dtype) for s in ((tokens, k), (n, k), (tokens, n)))
     ways = (lambda: torch.mm(x, w.T, out=y), lambda: torch.mm(y, w, out=x))
-    return 2 * tokens * n * k / min(best_seconds(way, device, 0.3) for way in ways)
+    return 2 * tokens * n * k / min(best_seconds(way, device, budget) for way in ways)
