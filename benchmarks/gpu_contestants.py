@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks import contestants
 from benchmarks import step as clockwork
 from benchmarks.shapes import SHAPES, make_config, make_model, products
-from tsugiki.kernels.backend import FAMILIES, why_plain
+from tsugiki.kernels.backend import FAMILIES, judged, unsuited
 from tsugiki.kernels.lowrank import add_product, shrink
 from tsugiki.training.scaling import LossScale
 
@@ -41,19 +41,21 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def kernels(device: torch.device) -> dict[str, Any]:
-    """Why each family runs plain bodies in each type ('' where Triton's are proven)."""
+    """What is wrong with each family of GPU bodies in each type; '' where they are proven."""
     if device.type != "cuda":
         return {"reasons": {"any type": {"all": "plain torch: not a GPU"}}, "wrong": []}
-    reasons = {
-        str(dtype).removeprefix("torch."): {f: why_plain(device, dtype, f) for f in FAMILIES}
-        for dtype in TYPES
-    }
-    wrong = [
-        f"{dtype} {family}: {said}"
-        for dtype, families in reasons.items()
-        for family, said in families.items()
-        if " is off by " in said
-    ]
+    reasons: dict[str, dict[str, str]] = {}
+    wrong = []
+    for dtype in TYPES:
+        told = reasons[str(dtype).removeprefix("torch.")] = {}
+        for family in FAMILIES:
+            chosen_against = unsuited(device, dtype, family)
+            if chosen_against and family != "product":
+                told[family] = chosen_against
+                continue
+            told[family] = judged(device, dtype, family)  # the fused product even where not taken
+            if told[family]:
+                wrong.append(f"{dtype} {family}: {told[family]}")
     return {"reasons": reasons, "wrong": wrong}
 
 

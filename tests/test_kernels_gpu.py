@@ -13,8 +13,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from families import tiny_model
 from torch import Tensor
 
+from tsugiki.adapters.attach import attach
+from tsugiki.config import LoraConfig
+from tsugiki.data.chat import Example
 from tsugiki.kernels import attention, backend, flash, linear, loss, lowrank, mlp, norms
 from tsugiki.kernels.attention import packed_attention, reference_attention
 from tsugiki.kernels.batch import ForwardBatch
@@ -22,6 +26,9 @@ from tsugiki.kernels.linear import DenseWeight, LoraTerm, grouped_linear, refere
 from tsugiki.kernels.loss import Head, chunked_cross_entropy, reference_cross_entropy
 from tsugiki.kernels.mlp import Feed, feed_forward, reference_feed
 from tsugiki.kernels.norms import reference_rms_norm, reference_rotary, rms_norm, rotary
+from tsugiki.models.flat import flat_loss, use_flat_attention
+from tsugiki.models.tune import tune
+from tsugiki.training.objective import flatten
 
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NO_GPU = "needs a GPU: the interpreter's products are wrong in narrow types"
@@ -55,10 +62,10 @@ def test_bodies_prove_themselves(family: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", backend.FAMILIES)
 def test_bodies_prove_themselves_in_narrow_types(family: str, dtype: torch.dtype) -> None:
-    reason = backend.why_plain(HERE, dtype, family)
-    if reason.startswith(("product cannot be tried: the library", "Triton has no tensor-core")):
+    reason = backend.unsuited(HERE, dtype, family)
+    if reason and family != "product":
         pytest.skip(reason)
-    assert reason == ""
+    assert backend.judged(HERE, dtype, family) == ""
 
 
 @needs_triton
@@ -218,6 +225,30 @@ def test_cross_entropy(
         )
 
 
+@needs_triton
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_a_whole_model(request: pytest.FixtureRequest, family: str) -> None:
+    """Loss and every adapter gradient of a tuned model: separate and fused projections."""
+    model = tiny_model(family).to(HERE)
+    attach(model, LoraConfig(r=4, alpha=8, dropout=0.0), generator=torch.Generator().manual_seed(0))
+    use_flat_attention(model)
+    tuned = tune(model)
+    assert len(tuned.replaced) == 4, tuned.note
+    trained = [p for p in model.parameters() if p.requires_grad]
+    torch.manual_seed(1)
+    for parameter in trained:
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    rows = [Example(tuple(range(3, 3 + n)), tuple(range(3, 3 + n)), "row") for n in (9, 5)]
+    ids, batch, places, targets = flatten(rows, HERE)
+
+    def run() -> list[Tensor]:
+        return [flat_loss(model, ids, batch, places, targets, head=tuned.head_of(model))]
+
+    plain = gradients(run, trained)
+    request.getfixturevalue("gpu_bodies")
+    close(gradients(run, trained), plain)
+
+
 def documented(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, keys: Tensor, longest: int,
                most: int, *, scale: float, window_size: tuple[int, int], **grouped: bool) -> Tensor:  # fmt: skip
     """torch's varlen attention by its documentation, for machines that cannot run it."""
@@ -260,6 +291,7 @@ def test_without_triton_a_gpu_runs_plain_bodies_and_says_so_once(
     asked_anew: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     gpu = torch.device("cuda")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
@@ -270,10 +302,29 @@ def test_without_triton_a_gpu_runs_plain_bodies_and_says_so_once(
 
 @needs_triton
 @pytest.mark.skipif(HERE.type == "cuda", reason="this machine has the GPU that is asked for")
-def test_a_gpu_that_fails_runs_plain_bodies(asked_anew: None) -> None:
+def test_a_gpu_that_fails_runs_plain_bodies(
+    asked_anew: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     with pytest.warns(UserWarning, match="plain torch kernels on cuda: norms cannot be tried"):
         reason = backend.why_plain(torch.device("cuda"), torch.bfloat16, "norms")
     assert reason
+
+
+@pytest.mark.parametrize(("capability", "plain"), [
+    ((7, 5), {"attention", "lowrank", "product", "nf4_product"}), ((8, 0), set()), ((9, 0), {"product"}),
+])  # fmt: skip
+def test_what_a_gpu_is_not_made_for_is_not_tried(
+    asked_anew: None, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], plain: set[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(backend, "judged", lambda *given: "")
+    gpu = torch.device("cuda")
+    taken = {f for f in backend.FAMILIES if not backend.why_plain(gpu, torch.float16, f)}
+    assert taken == set(backend.FAMILIES) - plain
+    said = backend.describe(gpu, torch.float16)
+    assert said.startswith("GPU kernels: ")
+    assert all(f"({name})" in said for name in plain)
 
 
 def test_a_cpu_imports_no_triton() -> None:

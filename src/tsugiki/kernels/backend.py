@@ -31,21 +31,38 @@ def triton_runs(x: Tensor, family: str) -> bool:
 @lru_cache(maxsize=64)
 def why_plain(device: torch.device, dtype: torch.dtype, family: str) -> str:
     """Why a GPU runs the plain bodies of a family; '' where it runs Triton's."""
-    reason = ""
-    if family != "attention" and importlib.util.find_spec("triton") is None:
-        reason = "triton is not installed (pip install 'tsugiki[cuda]')"
-    elif family in PRODUCTS and torch.cuda.get_device_capability(device) < (8, 0):
-        reason = "Triton has no tensor-core products for this GPU"
-    else:
-        try:
-            from tsugiki.kernels.gpu.proof import prove
-
-            reason = prove(family, device, dtype)
-        except Exception as error:  # a compiler or driver that cannot: plain bodies can
-            reason = f"{family} cannot be tried: {str(error).strip().splitlines()[0][:200]}"
-    if reason:
-        warnings.warn(f"plain torch kernels on {device}: {reason}", stacklevel=2)
+    reason = unsuited(device, dtype, family)
+    if not reason:
+        reason = judged(device, dtype, family)
+        if reason:
+            warnings.warn(f"plain torch kernels on {device}: {reason}", stacklevel=2)
     return reason
+
+
+def unsuited(device: torch.device, dtype: torch.dtype, family: str) -> str:
+    """Why a family is not even tried on this kind of GPU."""
+    capability = torch.cuda.get_device_capability(device)
+    if family == "attention" and (capability < (8, 0) or dtype == torch.float32):
+        return "torch's flash kernels want half precision and a newer GPU (attention)"
+    if family in PRODUCTS and capability < (8, 0):
+        return f"Triton has no tensor-core products for this GPU ({family})"
+    if family == "product" and capability >= (9, 0):
+        # The library's products use copy engines there that ours does not, and one more pass over
+        # the result costs less. Not yet measured: benchmarks/gpu.py times both.
+        return "the library's own products and one more pass are taken (product)"
+    return ""
+
+
+def judged(device: torch.device, dtype: torch.dtype, family: str) -> str:
+    """What is wrong with a family's bodies on this device; '' where nothing is."""
+    if family != "attention" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'tsugiki[cuda]')"
+    try:
+        from tsugiki.kernels.gpu.proof import prove
+
+        return prove(family, device, dtype)
+    except Exception as error:  # a compiler or driver that cannot: plain bodies can
+        return f"{family} cannot be tried: {str(error).strip().splitlines()[0][:200]}"
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:

@@ -31,7 +31,6 @@ def flash_runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.dtype == k.dtype == v.dtype
         and width == v.shape[-1] <= WIDEST
         and width % 8 == 0
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
         and not why_plain(q.device, q.dtype, "attention")
     )
 

@@ -2,7 +2,7 @@
 
 y = x·W + bias + onto + dropout(scale·s·p): forward with W = weightᵀ and p = Bᵀ, input gradient with
 W = weight and p = A. Worth it where this product runs near the library's speed, since the library
-must read and write y once more for the term (`fuses` says where).
+must read and write y once more for the term (`kernels/backend.py` says where).
 """
 
 from __future__ import annotations
@@ -32,12 +32,6 @@ class Tiles(NamedTuple):
 HALF = Tiles(128, 128, 64, 8, 3)
 SINGLE = Tiles(64, 64, 32, 4, 2)
 GROUP = 8  # rows of tiles that share columns of W in the second cache
-
-
-def fuses(device: torch.device) -> bool:
-    """Whether the fused product is taken. On Hopper and later the library's products use copy
-    engines that this kernel does not, and one more pass over y costs less. Not yet measured."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 8
 
 
 @triton.jit(do_not_specialize=SEEDS)
