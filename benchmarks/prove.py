@@ -20,6 +20,7 @@ PROOFS = {
     "real_data": "stories260K on three real sets, beside PEFT",
     "aozora": "five works train a tiny GPT-2, LoRA learns the sixth",
     "merge_memory": "a 6 GB merge in bounded memory, at the speed of a copy",
+    "gpu_compile": "every Triton kernel compiles for GPUs that are not here",
     "defaults_sweep": "bare `tsugiki train` against a sweep of rates and epochs",
 }
 
