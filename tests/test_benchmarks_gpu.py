@@ -38,12 +38,11 @@ def test_every_part_runs_on_a_cpu(here: None, capsys: pytest.CaptureFixture[str]
         row = report["rows"][name]
         assert 0 < row["share_of_peak"] < 1, name
         assert row["tokens_per_second"] == pytest.approx(24 / row["step"])
-    assert "bitsandbytes" in report["rows"]["peft-nf4"]["failed"]
+    foreign = report["rows"]["peft-nf4"]  # where bitsandbytes is not installed, it says so
+    assert "step" in foreign or "bitsandbytes" in foreign["failed"]
     ratio = report["rows"]["peft"]["step"] / report["rows"]["ours"]["step"]
     assert report["ratios"]["peft/ours"] == ratio
-    said = gpu.table(report)
-    assert "peft-nf4     did not run: ModuleNotFoundError" in said
-    assert "TFLOP/s" in said
+    assert "TFLOP/s" in gpu.table(report)
 
 
 def test_without_a_gpu_it_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +53,11 @@ def test_without_a_gpu_it_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> Non
         gpu.main(["--against", "theirs"])
 
 
-def test_a_part_that_dies_is_a_row_and_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_dies_is_a_row_and_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(gpu, "_worker", lambda name, options: {"failed": f"{name} died"})
     assert gpu.main(TINY) == 1
+    said = capsys.readouterr().out
+    assert "peft-nf4     did not run: peft-nf4 died" in said
+    assert "kernels: kernels died" in said
