@@ -4,10 +4,11 @@
     python -m benchmarks.gpu --device cpu --shape tiny      # the same road with the plain bodies
 
 Correctness first: every family of Triton kernels in bf16, fp16 and fp32, then adapter gradients and
-50 steps of loss against fp32. Then each contestant in fresh processes, in turn; random weights, all
-tokens labelled; medians. The peak is the best rate of the model's very products in any of these
-processes, and a step's share of it counts 4·N·T. A contestant that cannot run says why. Knows no
-contestant's inside (`benchmarks/gpu_contestants.py`).
+50 steps of loss against fp32. Then each contestant in fresh processes, in turn (about a minute each
+at 8B; --rounds 1 for a short lease); random weights, all tokens labelled; medians. The peak is the
+best rate of the model's very products in any of these processes, and a step's share of it counts
+4·N·T. A contestant that cannot run says why. Knows no contestant's inside
+(`benchmarks/gpu_contestants.py`).
 """
 
 from __future__ import annotations
