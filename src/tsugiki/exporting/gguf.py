@@ -1,0 +1,305 @@
+"""Writes a model, or a base with an adapter on it, as GGUF files without llama.cpp.
+
+A stream of tensors: each is read from the mapped file, the adapter's part added in fp32, laid out
+as its family's table says and rounded once. No merged folder is needed and no model is held. What
+was written is read back from the file. Proves nothing: that is `proof/`'s.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from gguf.constants import GGMLQuantizationType
+from torch import Tensor
+
+from tsugiki.adapters.algebra import FLOATS, Change, float_blocks
+from tsugiki.adapters.joined import Joined
+from tsugiki.errors import ModelError, UsageError
+from tsugiki.exporting.describe import general_metadata
+from tsugiki.exporting.vocabulary import vocabulary_metadata
+from tsugiki.files import atomic_file, require_space
+from tsugiki.formats.gguf_encode import (
+    ALIGNMENT,
+    DTYPES,
+    TYPES,
+    Metadata,
+    TensorInfo,
+    encode_header,
+    encode_numbers,
+    kind_for,
+    padding,
+)
+from tsugiki.formats.gguf_settings import limits, misfits, model_metadata
+from tsugiki.formats.gguf_tensors import (
+    Place,
+    extra_tensors,
+    family_of,
+    is_image_part,
+    place_of,
+)
+from tsugiki.models.families import BUFFERS, HEAD, embedding_name, is_tied, module_path
+from tsugiki.models.shards import Stored, as_bytes
+from tsugiki.models.spec import load_config
+
+CHUNK = 8 << 20  # bytes copied at once
+ROWS = 1 << 18  # elements encoded at once: 1 MB in fp32 stays in a core's cache
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor to write: stored numbers with their change, or a value of its own."""
+
+    place: Place
+    stored: Stored | None
+    change: Change | None = None
+    value: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it will lie in the file."""
+        if self.value is not None:
+            return tuple(self.value.shape)
+        assert self.stored is not None
+        return self.place.shape(self.stored.shape)
+
+    def kind(self, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+        """The type that it gets in a file of the wanted type."""
+        return GGMLQuantizationType.F32 if self.place.plain else kind_for(self.shape, wanted)
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """Everything decided before a byte is written, but the type of the numbers."""
+
+    joined: Joined
+    metadata: Metadata
+    sources: tuple[Source, ...]
+    notes: list[str] = field(default_factory=list)
+
+    def infos(self, dtype: str) -> list[TensorInfo]:
+        """The tensors of a file of that type."""
+        wanted = TYPES[dtype].kind
+        return [TensorInfo(s.place.name, s.shape, s.kind(wanted)) for s in self.sources]
+
+    def header(self, dtype: str) -> bytes:
+        """Everything before the first number."""
+        typed = {**self.metadata, "general.file_type": int(TYPES[dtype].code)}
+        return encode_header(typed, self.infos(dtype))
+
+    def need(self, dtype: str) -> int:
+        """Bytes that a file of that type takes."""
+        numbers = sum(i.nbytes + padding(i.nbytes) for i in self.infos(dtype))
+        return len(self.header(dtype)) + numbers
+
+    def exact_type(self) -> str:
+        """The narrowest type that holds every number as it is: the source for quantising.
+
+        A merged number is a sum in fp32; rounded to 16 bits first, a quantiser would round twice.
+        """
+        if any(source.change is not None for source in self.sources):
+            return "f32"
+        stored = {s.stored.dtype for s in self.sources if s.stored and not s.place.plain}
+        fits = [name for name, t in TYPES.items() if {DTYPES.get(t.kind)} == stored]
+        return fits[0] if fits else "f32"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished file: its types as read back (name → tensors), its tensors and bytes."""
+
+    path: Path
+    dtype: str
+    kinds: dict[str, int]
+    tensors: int
+    nbytes: int
+
+
+def plan_export(joined: Joined, name: str) -> ExportPlan:
+    """Read settings and tokenizer, place every tensor, and refuse what llama.cpp computes otherwise.
+
+    Args:
+        name: what the model will be called in the file.
+
+    Raises:
+        ModelError: an architecture, setting, tensor or tokenizer that cannot be written.
+    """
+    base = joined.base
+    family = family_of(base.model_type)
+    config = load_config(base.folder)
+    text = config.get_text_config()
+    settings = text.to_dict()
+    wrong = misfits(base.model_type, settings)
+    if wrong:
+        raise ModelError(
+            f"llama.cpp would compute another model than {base.folder}",
+            got="; ".join(wrong),
+            fix="use the merged Hugging Face folder (tsugiki merge)",
+        )
+    sources = _sources(joined, settings)
+    embedding = next(s for s in sources if s.place.name == "token_embd.weight")
+    vocabulary, notes = vocabulary_metadata(joined, embedding.shape[0])
+    total = sum(torch.Size(source.shape).numel() for source in sources)
+    metadata: Metadata = {
+        **general_metadata(joined, family.arch, name, total),
+        **model_metadata(base.model_type, settings),
+        **vocabulary,
+    }
+    if family.arch == "llama":
+        metadata["llama.vocab_size"] = embedding.shape[0]
+    return ExportPlan(
+        joined, metadata, tuple(sources), [*notes, *limits(base.model_type, settings)]
+    )
+
+
+def _sources(joined: Joined, settings: dict[str, object]) -> list[Source]:
+    """Every tensor and its place, in the order of the base's files.
+
+    Raises:
+        ModelError: tensors that the family does not know, or lacks; codes instead of numbers.
+    """
+    base = joined.base
+    family = family_of(base.model_type)
+    changes = joined.changes.by_name if joined.changes else {}
+    tied = is_tied(base) and not joined.untie
+    found = [
+        Source(Place(name, plain=True), None, value=value)
+        for name, value in extra_tensors(base.model_type, settings).items()
+    ]
+    unknown, codes = [], []
+    for disk, stored in base.tensors.items():
+        path = module_path(disk, base.model_type)
+        if BUFFERS.search(disk) or is_image_part(path) or (path == HEAD and tied):
+            continue
+        place = place_of(path, family, settings)
+        if place is None:
+            unknown.append(disk)
+        elif stored.dtype not in FLOATS:
+            codes.append(f"{disk} ({stored.code})")
+        else:
+            found.append(Source(place, stored, changes.get(disk)))
+    names = {source.place.name for source in found}
+    if joined.untie and "output.weight" not in names:
+        embedding = embedding_name(base)
+        assert embedding is not None
+        found.append(Source(Place("output.weight"), base.tensors[embedding], changes.get(HEAD)))
+    lost = _missing(names, int(str(settings.get("num_hidden_layers") or settings.get("n_layer"))))
+    for what, items in (("holds tensors that", unknown), ("holds codes, not numbers:", codes)):
+        if items:
+            raise ModelError(
+                f"{base.folder} {what} a GGUF of {family.arch} has no place for",
+                got=", ".join(items[:6]) + (f" and {len(items) - 6} more" * (len(items) > 6)),
+            )
+    if lost:
+        raise ModelError(f"{base.folder} lacks tensors of its own layers", got=", ".join(lost[:6]))
+    return found
+
+
+def _missing(names: set[str], layers: int) -> list[str]:
+    """Tensors without which llama.cpp would not load the file."""
+    inner = {name.partition(".")[2].partition(".")[2] for name in names if name[:4] == "blk."}
+    wanted = {f"blk.{i}.{name}" for i in range(layers) for name in inner}
+    return sorted((wanted | {"token_embd.weight", "output_norm.weight"}) - names)
+
+
+def check_types(asked: list[str], known: tuple[str, ...] = tuple(TYPES)) -> list[str]:
+    """The types to write, each once.
+
+    Raises:
+        UsageError: one that is not known.
+    """
+    types = list(dict.fromkeys(part.strip().lower() for one in asked for part in one.split(",")))
+    wrong = [name for name in types if name not in known]
+    if wrong or not types:
+        raise UsageError(
+            f"--gguf {', '.join(wrong)} is not a type to write", allowed=", ".join(known)
+        )
+    return types
+
+
+def write_gguf(plan: ExportPlan, dtype: str, output: Path) -> Written:
+    """Write one file; a killed writer leaves nothing under its name.
+
+    Raises:
+        RunError: the file exists. DiskError: too little space (told before), or none left.
+        ModelError: a weight that the type cannot hold; the tensor is named.
+    """
+    wanted = TYPES[dtype].kind
+    require_space(output, plan.need(dtype), f"the {dtype} file")
+    with atomic_file(output) as temporary:
+        with open(temporary, "wb", buffering=0) as stream:
+            header = plan.header(dtype)
+            _write(stream.fileno(), memoryview(header))
+            for source in plan.sources:
+                size = 0
+                for piece in _pieces(plan, source, source.kind(wanted)):
+                    _write(stream.fileno(), piece)
+                    size += len(piece)
+                _write(stream.fileno(), memoryview(bytes(padding(size))))
+        infos = read_back(temporary, header)
+    kinds = Counter(info.kind.name for info in infos)
+    return Written(output, dtype, dict(kinds), len(infos), output.stat().st_size)
+
+
+def _pieces(
+    plan: ExportPlan, source: Source, kind: GGMLQuantizationType
+) -> Iterator[memoryview]:
+    """The bytes of one tensor, in the order of the file."""
+    place, stored = source.place, source.stored
+    if source.value is not None:
+        yield as_bytes(source.value)
+        return
+    assert stored is not None
+    weight = plan.joined.base.tensor(stored.name)
+    if source.change is None and DTYPES.get(kind) == stored.dtype and not place.shift:
+        if place.reorders:
+            yield as_bytes(place.apply(weight))
+        else:
+            content = plan.joined.base.bytes_of(stored)
+            yield from (content[at : at + CHUNK] for at in range(0, len(content), CHUNK))
+        return
+    blocks = source.change.blocks(weight) if source.change else float_blocks(weight)
+    if place.reorders:
+        blocks = float_blocks(place.apply(_gathered(blocks, stored.shape)))
+    try:
+        for block in blocks:
+            yield as_bytes(encode_numbers(block + place.shift if place.shift else block, kind))
+    except OverflowError as error:
+        half = kind == GGMLQuantizationType.F16
+        raise ModelError(
+            f"{stored.name} does not fit {kind.name}",
+            got=f"a weight of size {error}",
+            allowed="up to 65504" if half else "finite numbers",
+            fix="--gguf bf16" if half else "look at the adapter: its product is not finite",
+        ) from None
+
+
+def _gathered(blocks: Iterator[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """A whole tensor in fp32, for those whose numbers change their place."""
+    whole, at = torch.empty(shape), 0
+    rows = whole.reshape(shape[0], -1)
+    for block in blocks:
+        rows[at : at + len(block)] = block
+        at += len(block)
+    return whole
+
+
+def _write(handle: int, piece: memoryview) -> None:
+    import os
+
+    done = 0
+    while done < len(piece):
+        done += os.write(handle, piece[done:])
+
+
+def read_back(path: Path, header: bytes) -> list[TensorInfo]:
+    """The table of tensors as it lies in the file.
+
+    Raises:
+        ModelError: it is not what was meant to be written, or the file has another length.
+    """
+    raise NotImplementedError
