@@ -7,33 +7,33 @@ was written is read back from the file. Proves nothing: that is `proof/`'s.
 
 from __future__ import annotations
 
-import struct
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from gguf.constants import GGMLQuantizationType
 from torch import Tensor
 
 from tsugiki.adapters.algebra import FLOATS, Change, float_blocks
 from tsugiki.adapters.joined import Joined
-from tsugiki.errors import ModelError, UsageError
+from tsugiki.errors import ModelError
 from tsugiki.exporting.describe import general_metadata
 from tsugiki.exporting.vocabulary import vocabulary_metadata
 from tsugiki.files import atomic_file, require_space
+from tsugiki.formats.ggml_types import TYPES, GgmlType
 from tsugiki.formats.gguf_encode import (
-    ALIGNMENT,
+    DIRECT,
     DTYPES,
-    TYPES,
     Metadata,
-    TensorInfo,
     encode_header,
     encode_numbers,
-    kind_for,
+    lay_out,
     padding,
+    type_for,
 )
+from tsugiki.formats.gguf_file import TensorInfo, open_gguf
 from tsugiki.formats.gguf_settings import limits, misfits, model_metadata
 from tsugiki.formats.gguf_tensors import (
     Place,
@@ -42,12 +42,12 @@ from tsugiki.formats.gguf_tensors import (
     is_image_part,
     place_of,
 )
+from tsugiki.formats.mixes import KINDS
 from tsugiki.models.families import BUFFERS, HEAD, embedding_name, is_tied, module_path
 from tsugiki.models.shards import Stored, as_bytes
 from tsugiki.models.spec import load_config
 
 CHUNK = 8 << 20  # bytes copied at once
-ROWS = 1 << 18  # elements encoded at once: 1 MB in fp32 stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class Source:
         assert self.stored is not None
         return self.place.shape(self.stored.shape)
 
-    def kind(self, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+    def type(self, wanted: GgmlType) -> GgmlType:
         """The type that it gets in a file of the wanted type."""
-        return GGMLQuantizationType.F32 if self.place.plain else kind_for(self.shape, wanted)
+        return TYPES["F32"] if self.place.plain else type_for(self.shape, wanted)
 
 
 @dataclass(frozen=True)
@@ -82,19 +82,19 @@ class ExportPlan:
     notes: list[str] = field(default_factory=list)
 
     def infos(self, dtype: str) -> list[TensorInfo]:
-        """The tensors of a file of that type."""
-        wanted = TYPES[dtype].kind
-        return [TensorInfo(s.place.name, s.shape, s.kind(wanted)) for s in self.sources]
+        """The tensors of a file of that type, offsets counted from the first."""
+        wanted = KINDS[dtype].main
+        return lay_out([(s.place.name, s.shape, s.type(wanted)) for s in self.sources])
 
     def header(self, dtype: str) -> bytes:
         """Everything before the first number."""
-        typed = {**self.metadata, "general.file_type": int(TYPES[dtype].code)}
+        typed = {**self.metadata, "general.file_type": KINDS[dtype].file_type}
         return encode_header(typed, self.infos(dtype))
 
     def need(self, dtype: str) -> int:
         """Bytes that a file of that type takes."""
-        numbers = sum(i.nbytes + padding(i.nbytes) for i in self.infos(dtype))
-        return len(self.header(dtype)) + numbers
+        end = self.infos(dtype)[-1].end
+        return len(self.header(dtype)) + end + padding(end)
 
     def exact_type(self) -> str:
         """The narrowest type that holds every number as it is: the source for quantising.
@@ -104,23 +104,22 @@ class ExportPlan:
         if any(source.change is not None for source in self.sources):
             return "f32"
         stored = {s.stored.dtype for s in self.sources if s.stored and not s.place.plain}
-        fits = [name for name, t in TYPES.items() if {DTYPES.get(t.kind)} == stored]
+        fits = [name for name in DIRECT if {DTYPES.get(KINDS[name].main.name)} == stored]
         return fits[0] if fits else "f32"
 
 
 @dataclass(frozen=True)
 class Written:
-    """A finished file: its types as read back (name → tensors), its tensors and bytes."""
+    """A finished file: types as read back from it (name → how many tensors), and its bytes."""
 
     path: Path
     dtype: str
-    kinds: dict[str, int]
-    tensors: int
+    types: dict[str, int]
     nbytes: int
 
 
 def plan_export(joined: Joined, name: str) -> ExportPlan:
-    """Read settings and tokenizer, place every tensor, and refuse what llama.cpp computes otherwise.
+    """Read settings and tokenizer, place every tensor, refuse what llama.cpp computes otherwise.
 
     Args:
         name: what the model will be called in the file.
@@ -206,48 +205,30 @@ def _missing(names: set[str], layers: int) -> list[str]:
     return sorted((wanted | {"token_embd.weight", "output_norm.weight"}) - names)
 
 
-def check_types(asked: list[str], known: tuple[str, ...] = tuple(TYPES)) -> list[str]:
-    """The types to write, each once.
-
-    Raises:
-        UsageError: one that is not known.
-    """
-    types = list(dict.fromkeys(part.strip().lower() for one in asked for part in one.split(",")))
-    wrong = [name for name in types if name not in known]
-    if wrong or not types:
-        raise UsageError(
-            f"--gguf {', '.join(wrong)} is not a type to write", allowed=", ".join(known)
-        )
-    return types
-
-
 def write_gguf(plan: ExportPlan, dtype: str, output: Path) -> Written:
-    """Write one file; a killed writer leaves nothing under its name.
+    """Write one file of a type in `DIRECT`; a killed writer leaves nothing under its name.
 
     Raises:
         RunError: the file exists. DiskError: too little space (told before), or none left.
         ModelError: a weight that the type cannot hold; the tensor is named.
     """
-    wanted = TYPES[dtype].kind
     require_space(output, plan.need(dtype), f"the {dtype} file")
+    infos = plan.infos(dtype)
     with atomic_file(output) as temporary:
         with open(temporary, "wb", buffering=0) as stream:
-            header = plan.header(dtype)
-            _write(stream.fileno(), memoryview(header))
-            for source in plan.sources:
-                size = 0
-                for piece in _pieces(plan, source, source.kind(wanted)):
+            _write(stream.fileno(), memoryview(plan.header(dtype)))
+            for source, info in zip(plan.sources, infos, strict=True):
+                for piece in _pieces(plan, source, info.type):
                     _write(stream.fileno(), piece)
-                    size += len(piece)
-                _write(stream.fileno(), memoryview(bytes(padding(size))))
-        infos = read_back(temporary, header)
-    kinds = Counter(info.kind.name for info in infos)
-    return Written(output, dtype, dict(kinds), len(infos), output.stat().st_size)
+                _write(stream.fileno(), memoryview(bytes(padding(info.nbytes))))
+        found = open_gguf(temporary).tensors
+        asked = {info.name: (info.type.name, info.shape) for info in infos}
+        assert {name: (i.type.name, i.shape) for name, i in found.items()} == asked
+    types = Counter(info.type.name for info in found.values())
+    return Written(output, dtype, dict(types.most_common()), output.stat().st_size)
 
 
-def _pieces(
-    plan: ExportPlan, source: Source, kind: GGMLQuantizationType
-) -> Iterator[memoryview]:
+def _pieces(plan: ExportPlan, source: Source, kind: GgmlType) -> Iterator[memoryview]:
     """The bytes of one tensor, in the order of the file."""
     place, stored = source.place, source.stored
     if source.value is not None:
@@ -255,7 +236,7 @@ def _pieces(
         return
     assert stored is not None
     weight = plan.joined.base.tensor(stored.name)
-    if source.change is None and DTYPES.get(kind) == stored.dtype and not place.shift:
+    if source.change is None and DTYPES.get(kind.name) == stored.dtype and not place.shift:
         if place.reorders:
             yield as_bytes(place.apply(weight))
         else:
@@ -269,7 +250,7 @@ def _pieces(
         for block in blocks:
             yield as_bytes(encode_numbers(block + place.shift if place.shift else block, kind))
     except OverflowError as error:
-        half = kind == GGMLQuantizationType.F16
+        half = kind.name == "F16"
         raise ModelError(
             f"{stored.name} does not fit {kind.name}",
             got=f"a weight of size {error}",
@@ -289,17 +270,6 @@ def _gathered(blocks: Iterator[Tensor], shape: tuple[int, ...]) -> Tensor:
 
 
 def _write(handle: int, piece: memoryview) -> None:
-    import os
-
     done = 0
     while done < len(piece):
         done += os.write(handle, piece[done:])
-
-
-def read_back(path: Path, header: bytes) -> list[TensorInfo]:
-    """The table of tensors as it lies in the file.
-
-    Raises:
-        ModelError: it is not what was meant to be written, or the file has another length.
-    """
-    raise NotImplementedError

@@ -9,95 +9,70 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
+from gguf.constants import GGUFValueType
 from torch import Tensor
+
+from tsugiki.formats.ggml_types import TYPES, GgmlType
+from tsugiki.formats.gguf_file import DEFAULT_ALIGNMENT, MAGIC, TensorInfo
 
 Value = bool | int | float | str | np.int32 | Sequence[str] | Sequence[int] | Sequence[float]
 Metadata = dict[str, Value]
-ALIGNMENT = 32  # bytes, the format's default
 VERSION = 3
-Q8_BLOCK = 32
+DIRECT = ("f32", "f16", "bf16", "q8_0")  # types of files that need no llama.cpp
+DTYPES: Mapping[str, torch.dtype] = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
+BLOCK = TYPES["Q8_0"].block
 Q8_LARGEST = 127 * 65504.0  # the scale is F16
 
 
-@dataclass(frozen=True)
-class FileType:
-    """What a user asks for: the type of matrices, and the number that the file says."""
-
-    kind: GGMLQuantizationType
-    code: int
-
-
-TYPES: Mapping[str, FileType] = {
-    "f32": FileType(GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "f16": FileType(GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "bf16": FileType(GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": FileType(GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
-DTYPES = {
-    GGMLQuantizationType.F32: torch.float32,
-    GGMLQuantizationType.F16: torch.float16,
-    GGMLQuantizationType.BF16: torch.bfloat16,
-}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a file. shape as torch has it (GGUF lists it backwards)."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: GGMLQuantizationType
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its data, without padding."""
-        block, size = GGML_QUANT_SIZES[self.kind]
-        count = 1
-        for n in self.shape:
-            count *= n
-        return int(count // block * size)
-
-
-def kind_for(shape: Sequence[int], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+def type_for(shape: Sequence[int], wanted: GgmlType) -> GgmlType:
     """The type that a matrix can have: rows that are no multiple of the block stay F16."""
-    block, _ = GGML_QUANT_SIZES[wanted]
-    return wanted if shape[-1] % block == 0 else GGMLQuantizationType.F16
+    return wanted if shape[-1] % wanted.block == 0 else TYPES["F16"]
+
+
+def lay_out(tensors: Sequence[tuple[str, tuple[int, ...], GgmlType]]) -> list[TensorInfo]:
+    """Where each tensor's bytes lie, counted from the first one's."""
+    found, at = [], 0
+    for name, shape, kind in tensors:
+        info = TensorInfo(name, kind, shape, at, at)
+        size = info.rows * kind.row_bytes(info.columns)
+        found.append(TensorInfo(name, kind, shape, at, at + size))
+        at += size + padding(size)
+    return found
 
 
 def padding(size: int) -> int:
     """Bytes to the next multiple of the alignment."""
-    return -size % ALIGNMENT
+    return -size % DEFAULT_ALIGNMENT
 
 
 def encode_header(metadata: Metadata, tensors: Sequence[TensorInfo]) -> bytes:
     """Everything before the first tensor's numbers, padded."""
-    parts = [b"GGUF", struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
+    parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for key, value in metadata.items():
         parts += [_string(key), _value(value)]
-    offset = 0
     for tensor in tensors:
         dims = tensor.shape[::-1]
         parts.append(_string(tensor.name))
-        parts.append(struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, tensor.kind, offset))
-        offset += tensor.nbytes + padding(tensor.nbytes)
+        form = f"<I{len(dims)}QIQ"
+        parts.append(struct.pack(form, len(dims), *dims, tensor.type.code, tensor.begin))
     head = b"".join(parts)
     return head + bytes(padding(len(head)))
 
 
-def encode_numbers(block: Tensor, kind: GGMLQuantizationType) -> Tensor:
-    """Rows in fp32 → the numbers of a type; whole rows, since blocks lie along them.
+def encode_numbers(block: Tensor, kind: GgmlType) -> Tensor:
+    """Rows in fp32 → the numbers of F32, F16, BF16 or Q8_0; whole rows, as blocks lie along them.
 
     Raises:
         OverflowError: a number does not fit the type, or is not finite.
     """
-    quantised = kind == GGMLQuantizationType.Q8_0
-    done = quantize_q8_0(block) if quantised else block.to(DTYPES[kind])
-    largest = Q8_LARGEST if quantised else torch.finfo(DTYPES[kind]).max
+    quantised = kind.name == "Q8_0"
+    done = quantize_q8_0(block) if quantised else block.to(DTYPES[kind.name])
+    largest = Q8_LARGEST if quantised else torch.finfo(DTYPES[kind.name]).max
     low, high = (float(end) for end in block.aminmax()) if block.numel() else (0.0, 0.0)
     # One pass; only what lies near the end of the type, or is NaN, needs the slow question.
     fits = -largest <= low and high <= largest
@@ -112,16 +87,16 @@ def quantize_q8_0(block: Tensor) -> Tensor:
     Byte for byte ggml's reference: scale = max |x| / 127, half away from zero.
     """
     rows, columns = block.shape
-    groups = block.reshape(-1, Q8_BLOCK)
+    groups = block.reshape(-1, BLOCK)
     scale = groups.abs().amax(1, keepdim=True) / 127
     scaled = groups * torch.where(scale == 0, 0.0, 1 / scale)
     size = scaled.abs()
     whole = size.floor()  # x + 0.5 would round 0.49999997 up
     rounded = whole.add_((size - whole).mul_(2).floor_()).mul_(scaled.sign())
-    out = torch.empty(len(groups), 2 + Q8_BLOCK, dtype=torch.uint8)
+    out = torch.empty(len(groups), 2 + BLOCK, dtype=torch.uint8)
     out[:, :2] = scale.half().view(torch.uint8)
     out[:, 2:] = rounded.to(torch.int8).view(torch.uint8)
-    return out.reshape(rows, columns // Q8_BLOCK * (2 + Q8_BLOCK))
+    return out.reshape(rows, columns // BLOCK * (2 + BLOCK))
 
 
 def _string(text: str) -> bytes:

@@ -249,19 +249,14 @@ def _looks_special(text: str) -> bool:
 def _ends(speech: Speech, vocabulary: _Vocabulary) -> Metadata:
     """Stop tokens that llama.cpp would not know by itself, in the two places it has for them."""
     eos = speech.special.get("eos")
-    first = [i for i in speech.stops[:1] if i != eos]
-    more = [
-        i
-        for i in speech.stops[1:]
-        if i != eos and i not in first and vocabulary.texts[i] not in ENDS
-    ]
-    found: Metadata = {}
-    for name, index in zip(("eot", "eom"), [*first, *more], strict=False):
-        found[f"tokenizer.ggml.{name}_token_id"] = index
-    lost = [vocabulary.texts[i] for i in [*first, *more][2:]]
-    if lost:
-        vocabulary.notes.append(f"GGUF has no place for more stop tokens: {', '.join(lost)}")
-    return found
+    more = [i for i in speech.stops if i != eos and vocabulary.texts[i] not in ENDS]
+    if len(more) > 2:
+        lost = ", ".join(vocabulary.texts[i] for i in more[2:])
+        vocabulary.notes.append(f"GGUF has no place for more stop tokens: {lost}")
+    return {
+        f"tokenizer.ggml.{name}_token_id": index
+        for name, index in zip(("eot", "eom"), dict.fromkeys(more), strict=False)
+    }
 
 
 def _edges(backend: Tokenizer, speech: Speech) -> Metadata:

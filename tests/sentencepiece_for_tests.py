@@ -1,0 +1,113 @@
+"""SentencePiece tokenizers for the tests: one trained on the spot, or made from a tokenizer.json.
+
+Knows no models; the folder it writes is as the Hub has it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+TEXTS = [
+    "the quick brown fox jumps over the lazy dog",
+    "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。",
+    "def f(x):\n    return x + 1",
+    "numbers 1 22 333 4444 and more, don't stop!",
+]
+
+
+def train_pieces(
+    folder: Path, vocabulary: int = 400, added: tuple[str, ...] = (), template: str | None = None
+) -> int:
+    """Train, and write tokenizer.model, tokenizer.json and tokenizer_config.json.
+
+    Returns:
+        how many ids there are.
+    """
+    stream = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 50), model_writer=stream, vocab_size=vocabulary,
+        model_type="bpe", byte_fallback=True, character_coverage=1.0, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True, hard_vocab_limit=False,
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(stream.getvalue())
+    processor = sentencepiece.SentencePieceProcessor(model_proto=stream.getvalue())
+    pieces = [processor.IdToPiece(i) for i in range(processor.GetPieceSize())]
+    scores = [processor.GetScore(i) for i in range(len(pieces))]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    merges = []
+    for piece, score in zip(pieces, scores, strict=True):
+        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        found = [(a, b) for a, b in splits if a in ids and b in ids]
+        merges += [(-score, ids[a], ids[b], a, b) for a, b in found]
+    tokenizer = Tokenizer(
+        models.BPE(ids, [(a, b) for *_, a, b in sorted(merges)], unk_token="<unk>",
+                   byte_fallback=True, fuse_unk=True)
+    )  # fmt: skip
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    special = [AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>", *added)]
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([AddedToken("▁▁▁", special=False, normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    state = json.loads((folder / "tokenizer.json").read_text())
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+        "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "added_tokens_decoder": {
+            str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in state["added_tokens"]
+        },
+    }  # fmt: skip
+    if template is not None:
+        config["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return tokenizer.get_vocab_size()
+
+
+def save_pieces(state: dict[str, Any], path: Path) -> None:
+    """A tokenizer.json of SentencePiece's kind as the tokenizer.model it came from.
+
+    Scores are the order in which pieces are made; types are as its special tokens say.
+    """
+    rank: dict[str, int] = {}
+    for merge in state["model"]["merges"]:
+        rank.setdefault("".join(merge) if isinstance(merge, list) else merge.replace(" ", ""), len(rank))
+    special = {t["content"] for t in state["added_tokens"] if t["special"]}
+    unknown = state["model"]["unk_token"]
+    out = bytearray()
+    for text, _ in sorted(state["model"]["vocab"].items(), key=lambda item: item[1]):
+        is_byte = len(text) == 6 and text.startswith("<0x")
+        kind = 2 if text == unknown else 6 if is_byte else 3 if text in special else 1
+        score = 0.0 if kind != 1 else -float(rank.get(text, len(rank)))
+        raw = text.encode()
+        piece = b"\x0a" + _varint(len(raw)) + raw + b"\x15" + struct.pack("<f", score)
+        piece += b"\x18" + _varint(kind)
+        out += b"\x0a" + _varint(len(piece)) + piece
+    # trainer_spec (2): model_type (3) = BPE (2), byte_fallback (35)
+    trainer = b"\x18\x02" + b"\x98\x02\x01"
+    out += b"\x12" + _varint(len(trainer)) + trainer
+    path.write_bytes(bytes(out))
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
