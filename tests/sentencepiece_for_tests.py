@@ -23,9 +23,15 @@ TEXTS = [
 
 
 def train_pieces(
-    folder: Path, vocabulary: int = 400, added: tuple[str, ...] = (), template: str | None = None
+    folder: Path,
+    vocabulary: int = 400,
+    special: tuple[str, ...] = (),
+    user: tuple[str, ...] = (),
+    template: str | None = None,
 ) -> int:
     """Train, and write tokenizer.model, tokenizer.json and tokenizer_config.json.
+
+    special, user: tokens added to the trained ones.
 
     Returns:
         how many ids there are.
@@ -56,14 +62,19 @@ def train_pieces(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
-    special = [AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>", *added)]
-    tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens([AddedToken("▁▁▁", special=False, normalized=False)])
+    names = ("<unk>", "<s>", "</s>", *special)
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in names])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in user])
     tokenizer.save(str(folder / "tokenizer.json"))
     state = json.loads((folder / "tokenizer.json").read_text())
     config: dict[str, Any] = {
@@ -87,7 +98,9 @@ def save_pieces(state: dict[str, Any], path: Path) -> None:
     """
     rank: dict[str, int] = {}
     for merge in state["model"]["merges"]:
-        rank.setdefault("".join(merge) if isinstance(merge, list) else merge.replace(" ", ""), len(rank))
+        rank.setdefault(
+            "".join(merge) if isinstance(merge, list) else merge.replace(" ", ""), len(rank)
+        )
     special = {t["content"] for t in state["added_tokens"] if t["special"]}
     unknown = state["model"]["unk_token"]
     out = bytearray()

@@ -16,6 +16,7 @@ import typer
 from tsugiki import __version__, supervise
 from tsugiki.config import RunConfig, build_config, read_yaml
 from tsugiki.errors import TsugikiError, UsageError
+from tsugiki.export_verb import export
 from tsugiki.flags import with_config_flags
 from tsugiki.presets import PRESETS, preset
 from tsugiki.terminal import Terminal
@@ -259,6 +260,9 @@ def verify(
     limits |= {"text": text, "layer_by_layer": layer_by_layer}
     if not verify_pair(reference, candidate, Terminal(as_json=as_json), **how, **limits):
         raise typer.Exit(1)
+
+
+app.command()(export)
 
 
 def data_show(

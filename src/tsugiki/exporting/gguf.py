@@ -142,6 +142,8 @@ def plan_export(joined: Joined, name: str) -> ExportPlan:
     sources = _sources(joined, settings)
     embedding = next(s for s in sources if s.place.name == "token_embd.weight")
     vocabulary, notes = vocabulary_metadata(joined, embedding.shape[0])
+    if any(is_image_part(module_path(disk, base.model_type)) for disk in base.tensors):
+        notes.append("what reads pictures is left out: the file holds the language model")
     total = sum(torch.Size(source.shape).numel() for source in sources)
     metadata: Metadata = {
         **general_metadata(joined, family.arch, name, total),
