@@ -50,6 +50,8 @@ ALLOWED = {
     "tokenizer.ggml.eot_token_id": "the other tokens that end an answer, which "
     "generation_config.json lists and the converter leaves out",
     "tokenizer.ggml.eom_token_id": "the same",
+    "tokenizer.ggml.mask_token_id": "Gemma's class in transformers has a mask token; the converter "
+    "reads tokenizer_config.json alone",
     "gemma2.rope.freq_base": "always written; the converter relies on llama.cpp's default",
 }
 SAME_IF_BOTH = ("add_bos_token", "add_eos_token", "add_space_prefix")
@@ -91,8 +93,12 @@ def gemma_tokenizer(place: Path, folder: Path) -> int:
 
 def trained_tokenizer(place: Path, folder: Path) -> int:
     """A SentencePiece tokenizer trained on the spot, with added tokens, as the Hub has them."""
-    del place
-    return train_pieces(folder, special=("<|user|>", "<|end|>"), user=("▁▁▁", "<tool>"))
+    return train_pieces(folder, special=("<|user|>", "<|end|>"), user=("<tool>",))
+
+
+def blanks_tokenizer(place: Path, folder: Path) -> int:
+    """The same as Gemma's: no blank before a text, and runs of blanks as tokens."""
+    return train_pieces(folder, special=("<|end|>",), user=("▁▁▁", "<tool>"), prefix=False)
 
 
 Maker = Callable[[Path, Path], int]
@@ -120,7 +126,7 @@ CASES: dict[str, tuple[str, Maker, dict[str, Any]]] = {
     "mistral": ("mistral", trained_tokenizer, {}),
     "qwen2": ("qwen2", BYTES["qwen3"], {}),
     "qwen3 tied": ("qwen3", BYTES["qwen3"], {"tie_word_embeddings": True}),
-    "gemma2": ("gemma2", trained_tokenizer, {}),
+    "gemma2": ("gemma2", blanks_tokenizer, {}),
     "gemma3": ("gemma3", gemma_tokenizer, {}),
     "phi3": ("phi3", trained_tokenizer, {}),
     "phi3 with long rotation": ("phi3", trained_tokenizer, {"rope_parameters": LONG}),

@@ -28,10 +28,12 @@ def train_pieces(
     special: tuple[str, ...] = (),
     user: tuple[str, ...] = (),
     template: str | None = None,
+    prefix: bool = True,
 ) -> int:
     """Train, and write tokenizer.model, tokenizer.json and tokenizer_config.json.
 
-    special, user: tokens added to the trained ones.
+    special, user: tokens added to the trained ones. prefix: whether a text gets a blank before it,
+        as Llama's does and Gemma's does not.
 
     Returns:
         how many ids there are.
@@ -41,7 +43,7 @@ def train_pieces(
         sentence_iterator=iter(TEXTS * 50), model_writer=stream, vocab_size=vocabulary,
         model_type="bpe", byte_fallback=True, character_coverage=1.0, minloglevel=2,
         normalization_rule_name="identity", remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True, hard_vocab_limit=False,
+        allow_whitespace_only_pieces=True, hard_vocab_limit=False, add_dummy_prefix=prefix,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(stream.getvalue())
@@ -58,8 +60,9 @@ def train_pieces(
         models.BPE(ids, [(a, b) for *_, a, b in sorted(merges)], unk_token="<unk>",
                    byte_fallback=True, fuse_unk=True)
     )  # fmt: skip
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    blanks = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("▁"), blanks]) if prefix else blanks
     )
     tokenizer.decoder = decoders.Sequence(
         [

@@ -57,7 +57,7 @@ def export(folder: Path, dtype: str, output: Path, adapter: Path | None = None) 
 
 def save_variant(name: str, folder: Path) -> Path:
     """A tiny model with other settings; every vector random too."""
-    family, settings = VARIANTS[name] if name in VARIANTS else (name, {})
+    family, settings = VARIANTS.get(name, (name, {}))
     config = tiny_config(family, len(TOKENIZER)).to_dict() | settings
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(

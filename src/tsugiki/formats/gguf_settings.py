@@ -43,6 +43,9 @@ def model_metadata(model_type: str, settings: Settings) -> Metadata:
             found |= _gemma(arch, settings)
         elif arch == "phi3":
             found |= _phi3(settings)
+        if arch != "phi3" and settings.get("head_dim") is not None:
+            width = int(settings["head_dim"])
+            found |= {"attention.key_length": width, "attention.value_length": width}
     return {f"{arch}.{key}": value for key, value in found.items()}
 
 
@@ -92,6 +95,9 @@ def misfits(model_type: str, settings: Settings) -> list[str]:
         wrong.append("attention_bias: llama.cpp has no place for those biases here")
     if arch in PERIODS:
         wrong += _gemma_misfits(arch, settings)
+    whole = head_dim(settings) * int(settings["num_attention_heads"])
+    if arch in ("phi3", "qwen2") and whole != int(settings["hidden_size"]):
+        wrong.append(f"head_dim {head_dim(settings)}: llama.cpp splits the width into heads here")
     return wrong
 
 
@@ -141,8 +147,6 @@ def _common(settings: Settings) -> Metadata:
         ):
             if rope.get(theirs) is not None:
                 found[f"rope.scaling.{ours}"] = float(rope[theirs])
-    if settings.get("head_dim") is not None:
-        found["attention.key_length"] = found["attention.value_length"] = int(settings["head_dim"])
     return found
 
 
