@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,6 +44,8 @@ def export(
     from tsugiki import shipping
 
     terminal = Terminal(as_json=as_json)
-    how = {"model": model, "accept_base": accept_base}
+    how: dict[str, Any] = {"model": model, "accept_base": accept_base}
     if gguf:
-        shipping.export_gguf(source, gguf, output, terminal, untie=untie, **how)  # type: ignore[arg-type]
+        shipping.export_gguf(source, gguf, output, terminal, untie=untie, **how)
+    elif gguf_lora:
+        shipping.export_lora(source, output, terminal, **how)

@@ -19,6 +19,7 @@ from tsugiki.adapters.joined import Joined, join
 from tsugiki.adapters.origin import CONFIG, adapter_folder, find_base
 from tsugiki.errors import RunError, UsageError
 from tsugiki.exporting.gguf import ExportPlan, plan_export, write_gguf
+from tsugiki.exporting.gguf_lora import plan_lora, write_lora
 from tsugiki.files import human_bytes, require_space
 from tsugiki.formats.gguf_encode import DIRECT
 from tsugiki.formats.mixes import find_kind
@@ -87,6 +88,33 @@ def export_gguf(
     if quantised:
         done += _quantised(plan, exact, paths, terminal)
     return sorted(done, key=lambda shipped: types.index(shipped.dtype))
+
+
+def export_lora(
+    source: str,
+    output: Path | None,
+    terminal: Terminal,
+    *,
+    model: str | None = None,
+    accept_base: bool = False,
+) -> Shipped:
+    """Write an adapter alone as GGUF.
+
+    Raises:
+        TsugikiError: no adapter, or one that cannot be laid over a base; nothing is written.
+    """
+    adapter_folder(Path(source).expanduser())
+    joined, stem, home = open_source(source, terminal, model, True, accept_base)
+    named = output is not None and output.suffix == ".gguf"
+    path = output if named and output else (output or home) / f"{stem}-LoRA.gguf"
+    _refuse_existing({"lora": path})
+    plan = plan_lora(joined, stem)
+    began = time.monotonic()
+    size = write_lora(plan, path)
+    shipped = Shipped(path, "lora", {"F32": len(plan.tensors)}, size)
+    _tell(shipped, terminal, time.monotonic() - began)
+    terminal.say("run", f"llama-server -m BASE.gguf --lora {path}", path=str(path))
+    return shipped
 
 
 def parse_types(asked: Sequence[str]) -> list[str]:

@@ -218,11 +218,11 @@ def write_gguf(plan: ExportPlan, dtype: str, output: Path) -> Written:
     infos = plan.infos(dtype)
     with atomic_file(output) as temporary:
         with open(temporary, "wb", buffering=0) as stream:
-            _write(stream.fileno(), memoryview(plan.header(dtype)))
+            write_all(stream.fileno(), memoryview(plan.header(dtype)))
             for source, info in zip(plan.sources, infos, strict=True):
                 for piece in _pieces(plan, source, info.type):
-                    _write(stream.fileno(), piece)
-                _write(stream.fileno(), memoryview(bytes(padding(info.nbytes))))
+                    write_all(stream.fileno(), piece)
+                write_all(stream.fileno(), memoryview(bytes(padding(info.nbytes))))
         found = open_gguf(temporary).tensors
         asked = {info.name: (info.type.name, info.shape) for info in infos}
         assert {name: (i.type.name, i.shape) for name, i in found.items()} == asked
@@ -271,7 +271,8 @@ def _gathered(blocks: Iterator[Tensor], shape: tuple[int, ...]) -> Tensor:
     return whole
 
 
-def _write(handle: int, piece: memoryview) -> None:
+def write_all(handle: int, piece: memoryview) -> None:
+    """Every byte, however many calls that takes."""
     done = 0
     while done < len(piece):
         done += os.write(handle, piece[done:])
