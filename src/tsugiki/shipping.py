@@ -17,10 +17,14 @@ from rich.text import Text
 
 from tsugiki.adapters.joined import Joined, join
 from tsugiki.adapters.origin import CONFIG, adapter_folder, find_base
+from tsugiki.adapters.portable import make_portable, write_portable
 from tsugiki.errors import RunError, UsageError
 from tsugiki.exporting.gguf import ExportPlan, plan_export, write_gguf
 from tsugiki.exporting.gguf_lora import plan_lora, write_lora
-from tsugiki.files import human_bytes, require_space
+from tsugiki.exporting.launch import run_gguf, run_lora, run_portable
+from tsugiki.exporting.ollama import modelfile, read_wording, stop_texts
+from tsugiki.exporting.vocabulary import chat_of
+from tsugiki.files import atomic_write, human_bytes, require_space
 from tsugiki.formats.gguf_encode import DIRECT
 from tsugiki.formats.mixes import find_kind
 from tsugiki.models.hub import resolve_model
@@ -87,7 +91,24 @@ def export_gguf(
     done = [_written(plan, name, path, terminal) for name, path in paths.items() if name in DIRECT]
     if quantised:
         done += _quantised(plan, exact, paths, terminal)
-    return sorted(done, key=lambda shipped: types.index(shipped.dtype))
+    done.sort(key=lambda shipped: types.index(shipped.dtype))
+    smallest = min(done, key=lambda shipped: shipped.nbytes).path
+    tell_runs(terminal, run_gguf(smallest, _modelfile(joined, smallest, stem, terminal), stem))
+    return done
+
+
+def _modelfile(joined: Joined, gguf: Path, stem: str, terminal: Terminal) -> Path:
+    """Beside the file, for Ollama; without a template where none renders what training saw."""
+    chat = chat_of(joined)
+    wording, remark = read_wording(chat) if chat else (None, "")
+    if remark:
+        tell_note(terminal, f"Ollama: {remark}")
+    path = gguf.with_name(f"{stem}.Modelfile")
+    if path.exists():
+        tell_note(terminal, f"{path} exists already and is left as it is")
+        return path
+    atomic_write(path, modelfile(f"./{gguf.name}", wording, stop_texts(chat) if chat else []))
+    return path
 
 
 def export_lora(
@@ -113,8 +134,57 @@ def export_lora(
     size = write_lora(plan, path)
     shipped = Shipped(path, "lora", {"F32": len(plan.tensors)}, size)
     _tell(shipped, terminal, time.monotonic() - began)
-    terminal.say("run", f"llama-server -m BASE.gguf --lora {path}", path=str(path))
+    tell_runs(terminal, run_lora(path))
     return shipped
+
+
+def export_portable(
+    source: str,
+    output: Path | None,
+    terminal: Terminal,
+    *,
+    model: str | None = None,
+    accept_base: bool = False,
+) -> Path:
+    """Write an adapter in the form that its readers read alike, and say what each will take.
+
+    Raises:
+        TsugikiError: no adapter, or one that can only travel merged; nothing is written.
+    """
+    folder = adapter_folder(Path(source).expanduser())
+    joined, stem, _ = open_source(source, terminal, model, True, accept_base)
+    own = folder.name == "adapter"
+    home = folder.with_name("portable" if own else f"{folder.name}-portable")
+    made = make_portable(joined)
+    path = write_portable(made, output or home)
+    terminal.say(
+        "portable",
+        f"wrote {path}: {len(made.tensors) // 2} pairs of rank {made.rank}, the scale in B"
+        + (f" ({made.padded} of zeros)" if made.padded else ""),
+        path=str(path),
+        rank=made.rank,
+        pairs=len(made.tensors) // 2,
+        zeros=made.padded,
+    )
+    for verdict in made.verdicts:
+        terminal.say(
+            "reader",
+            f"  {verdict.reader:10} {'takes it' if verdict.takes else 'does not take it'}"
+            + (f": {verdict.needs}" if verdict.needs else ""),
+            reader=verdict.reader,
+            takes=verdict.takes,
+            needs=verdict.needs,
+        )
+    base = str(made.config["base_model_name_or_path"])
+    tell_runs(terminal, run_portable(base, path, stem, made.rank, made.verdicts))
+    return path
+
+
+def tell_runs(terminal: Terminal, lines: dict[str, str]) -> None:
+    """One command for each server."""
+    terminal.heading("to run it")
+    for server, command in lines.items():
+        terminal.say("run", f"  {server:13} {command}", server=server, command=command)
 
 
 def parse_types(asked: Sequence[str]) -> list[str]:

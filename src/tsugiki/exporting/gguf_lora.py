@@ -1,7 +1,7 @@
 """Writes an adapter alone as GGUF, for llama.cpp to lay over any quant of its base.
 
-B is stored multiplied by the scale and `adapter.lora.alpha` is 0, which llama.cpp reads
-as "only the user's scale": so rsLoRA and patterns, which its own alpha / rank cannot say, are right.
+B is stored multiplied by the scale and `adapter.lora.alpha` is 0, which llama.cpp reads as "only
+the user's scale": so rsLoRA and patterns, which its own alpha / rank cannot say, are right.
 Rotary rows of B are ordered as the base's are; A and B of GPT-2's Conv1D are (r, in) and (out, r)
 and stay so. Knows no base in memory: headers suffice.
 """

@@ -15,11 +15,12 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from tsugiki.adapters.joined import Joined
+from tsugiki.data.chat import ChatFormat
 from tsugiki.errors import ModelError
 from tsugiki.formats.gguf_encode import Metadata
 from tsugiki.formats.gguf_tokenizer import SPECIAL, Piece, Speech, tokenizer_metadata
 from tsugiki.models.hub import ResolvedModel
-from tsugiki.models.load import load_tokenizer
+from tsugiki.models.load import TOKENIZER_FILES, load_tokenizer
 
 MODEL = "tokenizer.model"
 
@@ -42,6 +43,22 @@ def vocabulary_metadata(joined: Joined, rows: int) -> tuple[Metadata, list[str]]
             allowed="tokenizers that have a tokenizer.json, or that transformers can convert",
         )
     return tokenizer_metadata(backend, rows, _speech(joined, tokenizer), _pieces(joined, backend))
+
+
+def chat_of(joined: Joined) -> ChatFormat | None:
+    """The chat format that the exported model speaks; None for a base that has none."""
+    folder = joined.base.folder
+    tokenizer = load_tokenizer(ResolvedModel(folder, str(folder)))
+    if joined.changes is None:
+        return ChatFormat.of(tokenizer) if tokenizer.chat_template else None
+    own = joined.changes.folder
+    if any((own / name).is_file() for name in TOKENIZER_FILES):
+        beside = load_tokenizer(ResolvedModel(own, str(own)))
+        if len(beside) == len(tokenizer) and beside.chat_template:
+            tokenizer = beside
+    if joined.changes.chat is None and not tokenizer.chat_template:
+        return None
+    return ChatFormat.from_state(joined.changes.chat, tokenizer)
 
 
 def _speech(joined: Joined, tokenizer: PreTrainedTokenizerBase) -> Speech:
