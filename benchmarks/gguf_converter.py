@@ -42,7 +42,8 @@ DTYPES = ("f32", "f16", "bf16", "q8_0")
 ALLOWED = {
     "tokenizer.ggml.add_bos_token": "always written, as the tokenizer itself begins a text; "
     "the converter leaves it out where tokenizer_config.json is silent",
-    "tokenizer.ggml.add_eos_token": "the same for the end of a text",
+    "tokenizer.ggml.add_eos_token": "always written, and false: a prompt that has ended "
+    "gets no answer",
     "tokenizer.ggml.add_sep_token": "written by the converter for pairs of texts, which no "
     "causal model reads; llama.cpp's default is the same",
     "tokenizer.ggml.add_space_prefix": "always written for SentencePiece, as the tokenizer "

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 TEXTS = [
     "the quick brown fox jumps over the lazy dog",
@@ -92,6 +101,72 @@ def train_pieces(
         config["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return tokenizer.get_vocab_size()
+
+
+def train_unigram(folder: Path, vocabulary: int = 150) -> int:
+    """A unigram tokenizer.json with NFKC rules, as T5's kind has it (rinna's GPT-2, for one)."""
+    stream = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 50), model_writer=stream, vocab_size=vocabulary,
+        model_type="unigram", character_coverage=1.0, minloglevel=2, hard_vocab_limit=False,
+        normalization_rule_name="nmt_nfkc",
+    )  # fmt: skip
+    processor = sentencepiece.SentencePieceProcessor(model_proto=stream.getvalue())
+    count = processor.GetPieceSize()
+    pieces = [(processor.IdToPiece(i), processor.GetScore(i)) for i in range(count)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Precompiled(_charsmap(stream.getvalue())),
+            normalizers.Strip(),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
+    names = ("<unk>", "<s>", "</s>", "[SEP]")
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in names])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+        "unk_token": "<unk>", "clean_up_tokenization_spaces": False,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return tokenizer.get_vocab_size()
+
+
+def _charsmap(model: bytes) -> bytes:
+    """normalizer_spec (3) . precompiled_charsmap (2) of a serialised model."""
+    return _field(_field(model, 3), 2)
+
+
+def _field(message: bytes, wanted: int) -> bytes:
+    """The last length-delimited field of that number."""
+    at, found = 0, b""
+    while at < len(message):
+        tag, at = _read_varint(message, at)
+        if tag & 7 == 2:
+            size, at = _read_varint(message, at)
+            found = message[at : at + size] if tag >> 3 == wanted else found
+            at += size
+        elif tag & 7 == 0:
+            _, at = _read_varint(message, at)
+        else:
+            at += 4 if tag & 7 == 5 else 8
+    return found
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        value |= (data[at] & 127) << shift
+        shift, at = shift + 7, at + 1
+        if data[at - 1] < 128:
+            return value, at
 
 
 def save_pieces(state: dict[str, Any], path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from families import save_tiny, tiny_model
-from sentencepiece_for_tests import train_pieces
+from sentencepiece_for_tests import train_pieces, train_unigram
 from test_merging_forms import our_adapter
 from test_merging_peft import peft_adapter
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
@@ -89,6 +89,25 @@ def test_sentencepiece_ids(stored: bool, tmp_path: Path) -> None:
     assert data["tokenizer.ggml.add_bos_token"] is True
 
 
+def test_unigram_ids(tmp_path: Path) -> None:
+    """Of the kind that Japanese GPT-2 models have; its EOS after every text does not travel."""
+    folder = tmp_path / "m"
+    rows = train_unigram(folder)
+    tiny_model("gpt2", 0, rows).save_pretrained(folder)
+    texts = [
+        "Hello, world!",
+        "吾輩は猫である。名前はまだ無い。",
+        "①ｱｲｳ Å ﬁ",
+        "a [SEP] b",
+        "the quick brown fox",
+    ]
+    assert unlike(folder, texts, tmp_path, special=False) == []
+    data = open_gguf(tmp_path / "x.gguf").metadata
+    assert data["tokenizer.ggml.model"] == "t5"
+    assert data["tokenizer.ggml.add_eos_token"] is False
+    assert len(data["tokenizer.ggml.precompiled_charsmap"]) > 1000
+
+
 def test_what_llama_cpp_reads_otherwise_is_told(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -132,8 +151,16 @@ def test_pre_tokenizers_differ_from_each_other() -> None:
     assert same == [{"llama-bpe", "smaug-bpe"}], "told apart by whole words"
 
 
-def unigram() -> Tokenizer:
-    return Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0)], unk_id=0))
+def words() -> Tokenizer:
+    return Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "</s>": 2}, unk_token="<unk>"))
+
+
+def other_blanks() -> Tokenizer:
+    """Pieces of unigram's kind over text that is cut where llama.cpp would not cut it."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0), ("b", -2.0)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return tokenizer
 
 
 def by_spaces() -> Tokenizer:
@@ -153,7 +180,8 @@ def twins() -> Tokenizer:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (unigram, "kind Unigram"),
+        (words, "kind WordLevel"),
+        (other_blanks, "most texts otherwise"),
         (by_spaces, "none of llama.cpp's"),
         (twins, "two tokens have one text"),
     ],

@@ -18,7 +18,8 @@ from tsugiki.adapters.joined import Joined
 from tsugiki.data.chat import ChatFormat
 from tsugiki.errors import ModelError
 from tsugiki.formats.gguf_encode import Metadata
-from tsugiki.formats.gguf_tokenizer import SPECIAL, Piece, Speech, tokenizer_metadata
+from tsugiki.formats.gguf_tokenizer import SPECIAL, Speech, tokenizer_metadata
+from tsugiki.formats.gguf_vocabulary import Piece
 from tsugiki.models.hub import ResolvedModel
 from tsugiki.models.load import TOKENIZER_FILES, load_tokenizer
 

@@ -1,7 +1,8 @@
-"""SentencePiece's BPE as llama.cpp runs it, to compare its ids with a tokenizer's own.
+"""SentencePiece's two kinds as llama.cpp runs them, to compare their ids with a tokenizer's own.
 
-Joins the neighbours whose result has the highest score, the leftmost first; what is no token falls
-back to bytes. Slow and small: for probes, not for texts. Knows no special tokens.
+BPE joins the neighbours whose result has the highest score, the leftmost first, and falls back to
+bytes; unigram takes the pieces whose scores sum highest (Kudo 2018), and knows only <unk> besides.
+Slow and small: for probes, not for texts. Knows no special tokens.
 """
 
 from __future__ import annotations
@@ -76,3 +77,33 @@ def _joined(text: str, vocabulary: Mapping[str, int], scores: Sequence[float]) -
         elif symbol:
             found += [vocabulary.get(f"<0x{byte:02X}>", -1) for byte in symbol.encode()]
     return found
+
+
+def unigram_ids(
+    text: str, vocabulary: Mapping[str, int], scores: Sequence[float], unknown: int
+) -> list[int]:
+    """Ids of a text that is normalised already, blanks written as ▁.
+
+    Args:
+        vocabulary: piece → id, without control tokens. scores: by id. unknown: the id for the rest.
+    """
+    longest = max(map(len, vocabulary))
+    penalty = min(scores[index] for index in vocabulary.values()) - 10
+    best: list[tuple[float, int, int]] = [(0.0, 0, unknown)]  # score, where it begins, id
+    best += [(float("-inf"), 0, unknown)] * len(text)
+    for begin in range(len(text)):
+        total = best[begin][0]
+        for end in range(begin + 1, min(len(text), begin + longest) + 1):
+            index = vocabulary.get(text[begin:end])
+            if index is not None and total + scores[index] > best[end][0]:
+                best[end] = (total + scores[index], begin, index)
+        if text[begin] not in vocabulary and total + penalty > best[begin + 1][0]:
+            best[begin + 1] = (total + penalty, begin, unknown)
+    found: list[int] = []
+    at = len(text)
+    while at > 0:
+        _, begin, index = best[at]
+        if not (found and found[-1] == index == unknown):
+            found.append(index)
+        at = begin
+    return found[::-1]
