@@ -80,7 +80,9 @@ def test_public_names() -> None:
     assert sorted(tsugiki.__all__) == list(tsugiki.__all__)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["presets"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["export", "--help"], ["presets"]]
+)
 def test_help_imports_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys; from tsugiki.cli import app\n"

@@ -14,6 +14,7 @@ import pytest
 import torch
 from families import save_tiny, tiny_config
 from safetensors.torch import load_file, save_file
+from test_merging_forms import our_adapter
 from test_merging_memory import change_config, pickled_base, quantised_base, shard_missing
 from test_merging_peft import TOKENIZER, peft_adapter
 
@@ -22,7 +23,7 @@ from tsugiki.errors import TsugikiError
 from tsugiki.exporting.gguf import plan_export, write_gguf
 from tsugiki.formats.gguf_file import open_gguf
 from tsugiki.formats.gguf_settings import limits, misfits
-from tsugiki.shipping import export_gguf, file_names, parse_types
+from tsugiki.shipping import export_gguf, export_lora, export_portable, file_names, parse_types
 from tsugiki.terminal import Terminal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -70,6 +71,14 @@ def dynamic_rotation(base: Path) -> None:
     change_config(base / "config.json", rope_parameters=rope)
 
 
+def other_heads(base: Path) -> None:
+    change_config(base / "config.json", num_attention_heads=64, num_key_value_heads=64, head_dim=1)
+
+
+def no_numbers(base: Path) -> None:
+    change_config(base / "config.json", rope_parameters={"rope_type": "yarn", "rope_theta": "x"})
+
+
 def own_code(base: Path) -> None:
     change_config(base / "config.json", auto_map={"AutoConfig": "x.Y"})
 
@@ -101,6 +110,8 @@ BAD: dict[Spoil, str] = {
     whole_numbers: "holds codes, not numbers",
     other_activation: "activation gelu",
     dynamic_rotation: "rotary embedding of type 'dynamic'",
+    other_heads: "does not fit its config.json",
+    no_numbers: "config",
     own_code: "wants to run its own Python code",
     cut_short: "not a whole safetensors file",
     too_large: "layers.1.mlp.up_proj.weight does not fit F16",
@@ -197,6 +208,21 @@ def test_several_types_and_a_run_folder(tmp_path: Path, capsys: pytest.CaptureFi
     assert again[0].types == done[2].types
 
 
+def test_another_base_and_a_base_that_is_gone(tmp_path: Path) -> None:
+    base = save_tiny("qwen3", tmp_path / "base", TOKENIZER)
+    our_adapter(base, tmp_path / "adapter")
+    other = save_tiny("qwen3", tmp_path / "x" / "other", TOKENIZER, seed=9)
+    for export in (lambda **how: export_gguf(str(tmp_path / "adapter"), ["f16"], None, Terminal(), **how),
+                   lambda **how: export_lora(str(tmp_path / "adapter"), None, Terminal(), **how),
+                   lambda **how: export_portable(str(tmp_path / "adapter"), None, Terminal(), **how)):  # fmt: skip
+        with pytest.raises(TsugikiError, match="another base"):
+            export(model=str(other))
+    (tmp_path / "base").rename(tmp_path / "x" / "moved")
+    with pytest.raises(TsugikiError, match="which is not there"):
+        export_gguf(str(tmp_path / "adapter"), ["f16"], None, Terminal())
+    assert {p.name for p in tmp_path.iterdir()} == {"adapter", "x"}
+
+
 def test_a_killed_export_leaves_nothing_and_runs_again(tmp_path: Path) -> None:
     merge_memory.make_model(tmp_path / "base", 0.1, 50_000_000, vocabulary=4000)
     TOKENIZER.save_pretrained(tmp_path / "base")
@@ -216,8 +242,8 @@ def test_a_killed_export_leaves_nothing_and_runs_again(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to see memory")
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
-    """600 MB in bf16 with an adapter: the model alone would not fit the bound."""
-    total = merge_memory.make_model(tmp_path / "base", 0.6, 200_000_000, vocabulary=4000)
+    """500 MB in bf16 with an adapter: the model alone would not fit the bound."""
+    total = merge_memory.make_model(tmp_path / "base", 0.5, 200_000_000, vocabulary=4000)
     TOKENIZER.save_pretrained(tmp_path / "base")
     merge_memory.make_adapter(tmp_path / "base", tmp_path / "adapter")
     done = export_speed.export_watched(tmp_path / "base", tmp_path / "a.gguf", tmp_path / "adapter")

@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -94,7 +95,12 @@ class ExportPlan:
     def need(self, dtype: str) -> int:
         """Bytes that a file of that type takes."""
         end = self.infos(dtype)[-1].end
-        return len(self.header(dtype)) + end + padding(end)
+        return self._head + end + padding(end)
+
+    @cached_property
+    def _head(self) -> int:
+        """Bytes before the first number, the same for every type."""
+        return len(self.header("f32"))
 
     def exact_type(self) -> str:
         """The narrowest type that holds every number as it is: the source for quantising.
@@ -132,7 +138,13 @@ def plan_export(joined: Joined, name: str) -> ExportPlan:
     config = load_config(base.folder)
     text = config.get_text_config()
     settings = text.to_dict()
-    wrong = misfits(base.model_type, settings)
+    try:
+        wrong = misfits(base.model_type, settings)
+        shaped = model_metadata(base.model_type, settings)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(
+            f"{base.folder / 'config.json'} is damaged", got=f"{type(error).__name__}: {error}"
+        ) from None
     if wrong:
         raise ModelError(
             f"llama.cpp would compute another model than {base.folder}",
@@ -147,7 +159,7 @@ def plan_export(joined: Joined, name: str) -> ExportPlan:
     total = sum(torch.Size(source.shape).numel() for source in sources)
     metadata: Metadata = {
         **general_metadata(joined, family.arch, name, total),
-        **model_metadata(base.model_type, settings),
+        **shaped,
         **vocabulary,
     }
     if family.arch == "llama":
@@ -171,7 +183,7 @@ def _sources(joined: Joined, settings: dict[str, object]) -> list[Source]:
         Source(Place(name, plain=True), None, value=value)
         for name, value in extra_tensors(base.model_type, settings).items()
     ]
-    unknown, codes = [], []
+    unknown, codes, odd = [], [], []
     for disk, stored in base.tensors.items():
         path = module_path(disk, base.model_type)
         if BUFFERS.search(disk) or is_image_part(path) or (path == HEAD and tied):
@@ -181,6 +193,8 @@ def _sources(joined: Joined, settings: dict[str, object]) -> list[Source]:
             unknown.append(disk)
         elif stored.dtype not in FLOATS:
             codes.append(f"{disk} ({stored.code})")
+        elif place.heads and stored.shape[0] % (2 * place.heads):
+            odd.append(f"{disk} ({stored.shape[0]} rows for {place.heads} heads)")
         else:
             found.append(Source(place, stored, changes.get(disk)))
     names = {source.place.name for source in found}
@@ -189,10 +203,14 @@ def _sources(joined: Joined, settings: dict[str, object]) -> list[Source]:
         assert embedding is not None
         found.append(Source(Place("output.weight"), base.tensors[embedding], changes.get(HEAD)))
     lost = _missing(names, int(str(settings.get("num_hidden_layers") or settings.get("n_layer"))))
-    for what, items in (("holds tensors that", unknown), ("holds codes, not numbers:", codes)):
+    for what, items in (
+        (f"holds tensors that a GGUF of {family.arch} has no place for", unknown),
+        ("holds codes, not numbers", codes),
+        ("does not fit its config.json", odd),
+    ):
         if items:
             raise ModelError(
-                f"{base.folder} {what} a GGUF of {family.arch} has no place for",
+                f"{base.folder} {what}",
                 got=", ".join(items[:6]) + (f" and {len(items) - 6} more" * (len(items) > 6)),
             )
     if lost:

@@ -124,7 +124,8 @@ def _byte_level(
 def _ends(speech: Speech, vocabulary: Vocabulary) -> Metadata:
     """Stop tokens that llama.cpp would not know by itself, in the two places it has for them."""
     eos = speech.special.get("eos")
-    more = [i for i in speech.stops if i != eos and vocabulary.texts[i] not in ENDS]
+    known = [i for i in speech.stops if isinstance(i, int) and 0 <= i < len(vocabulary.texts)]
+    more = [i for i in known if i != eos and vocabulary.texts[i] not in ENDS]
     if len(more) > 2:
         lost = ", ".join(vocabulary.texts[i] for i in more[2:])
         vocabulary.notes.append(f"GGUF has no place for more stop tokens: {lost}")
