@@ -7,7 +7,6 @@ all. Imports no transformers, holds no model, and proves nothing: that is `proof
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -39,6 +38,7 @@ from tsugiki.models.shards import (
     Stored,
     StoredModel,
     as_bytes,
+    one_thread,
 )
 
 RECORD = "tsugiki.json"
@@ -153,7 +153,7 @@ def write_merged(plan: MergePlan, output: Path) -> Merged:
         raise RunError(f"{output} exists already", fix="choose another --output, or remove it")
     sweep_left_over(output)
     require_space(output, plan.need, "the merged model")
-    with atomic_folder(output) as temporary, held(temporary), _one_thread():
+    with atomic_folder(output) as temporary, held(temporary), one_thread():
         for file in _beside(plan.base.folder):
             shutil.copyfile(file, temporary / file.name)
         digests: dict[str, str] = {}
@@ -175,17 +175,6 @@ def write_merged(plan: MergePlan, output: Path) -> Merged:
         _write_chat(plan, temporary)
         _write_record(plan, temporary, digests)
     return Merged(output, len(plan.changes.by_name), count, total)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """One core outruns the disk here, the next one hashes; more only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _layout(plan: MergePlan, shard: Shard) -> list[Stored]:

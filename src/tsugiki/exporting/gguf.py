@@ -45,7 +45,7 @@ from tsugiki.formats.gguf_tensors import (
 )
 from tsugiki.formats.mixes import KINDS
 from tsugiki.models.families import BUFFERS, HEAD, embedding_name, is_tied, module_path
-from tsugiki.models.shards import Stored, as_bytes
+from tsugiki.models.shards import Stored, as_bytes, one_thread
 from tsugiki.models.spec import load_config
 
 CHUNK = 8 << 20  # bytes copied at once
@@ -234,7 +234,7 @@ def write_gguf(plan: ExportPlan, dtype: str, output: Path) -> Written:
     """
     require_space(output, plan.need(dtype), f"the {dtype} file")
     infos = plan.infos(dtype)
-    with atomic_file(output) as temporary:
+    with atomic_file(output) as temporary, one_thread():
         with open(temporary, "wb", buffering=0) as stream:
             write_all(stream.fileno(), memoryview(plan.header(dtype)))
             for source, info in zip(plan.sources, infos, strict=True):
