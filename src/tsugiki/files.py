@@ -86,6 +86,41 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 
 @contextlib.contextmanager
+def atomic_file(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary file beside `target` that becomes `target` when the block ends well.
+
+    For what is written piece by piece, or by another process. A killed writer leaves
+    `.NAME.*.tmp`, which `sweep_temporary` removes.
+
+    Raises:
+        DiskError: disk full, no permission; `target` is as before.
+        RunError: `target` exists and `replace` is false.
+    """
+    if target.exists() and not replace:
+        raise RunError(f"{target} exists already", fix="choose another name, or remove it first")
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"
+        )  # fmt: skip
+        temporary = Path(name)
+        try:
+            yield temporary
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+        fsync_folder(target.parent)
+    except OSError as error:
+        raise as_disk_error(error, target) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` when the block ends well.
 
