@@ -20,7 +20,9 @@ def key(name: str, kind: int, value: bytes, length: int | None = None) -> bytes:
     return text(name, length) + struct.pack("<I", kind) + value
 
 
-def tensor(name: str, sizes: list[int], kind: int = F32, offset: int = 0, n: int | None = None) -> bytes:
+def tensor(
+    name: str, sizes: list[int], kind: int = F32, offset: int = 0, n: int | None = None
+) -> bytes:
     count = len(sizes) if n is None else n
     shape = b"".join(struct.pack("<Q", s % 2**64) for s in sizes)
     return text(name) + struct.pack("<I", count) + shape + struct.pack("<IQ", kind, offset % 2**64)
@@ -38,7 +40,10 @@ def gguf(
     alignment: int = 32,
 ) -> bytes:
     keys, tensors = keys or [], tensors or []
-    counts = (len(tensors) if n_tensors is None else n_tensors, len(keys) if n_keys is None else n_keys)
+    counts = (
+        len(tensors) if n_tensors is None else n_tensors,
+        len(keys) if n_keys is None else n_keys,
+    )
     head = magic + struct.pack("<IQQ", version, *counts) + b"".join(keys) + b"".join(tensors)
     return head + bytes(-len(head) % alignment) + data
 
@@ -54,7 +59,9 @@ def some_keys() -> list[bytes]:
         for kind, form, v in scalars
     ]
     found.append(key("text", STRING, text("猫")))
-    found.append(key("texts", ARRAY, struct.pack("<IQ", STRING, 3) + text("a") + text("") + text(b"\xff")))
+    found.append(
+        key("texts", ARRAY, struct.pack("<IQ", STRING, 3) + text("a") + text("") + text(b"\xff"))
+    )
     return found
 
 
@@ -130,7 +137,11 @@ def mutants(whole: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
         data = bytearray(whole)
         for _ in range(random_.choice((1, 1, 1, 2, 5))):
             limit = header if random_.random() < 0.9 else len(data)
-            at = random_.randrange(min(24, limit)) if random_.random() < 0.2 else random_.randrange(limit)
+            at = (
+                random_.randrange(min(24, limit))
+                if random_.random() < 0.2
+                else random_.randrange(limit)
+            )
             kind = random_.randrange(6)
             if kind == 0:
                 data[at % len(data)] ^= 1 << random_.randrange(8)

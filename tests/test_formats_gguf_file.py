@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from tests.gguf_hostile import KINDS, mutants
 from tests.gguf_tiny import write_tiny
 from tsugiki.errors import ModelError
-from tsugiki.formats.gguf_file import PLAIN, TYPES, GgufFile, open_gguf
+from tsugiki.formats.ggml_types import PLAIN, TYPES
+from tsugiki.formats.gguf_file import GgufFile, open_gguf
 
 
 def read_everything(path: Path) -> GgufFile:
@@ -84,7 +85,11 @@ def test_metadata_of_every_type(tmp_path: Path) -> None:
     assert found["array.11"].tolist() == [-7] * 3
     assert found["text"] == "猫"
     assert found["texts"] == ["a", "", "\udcff"]
-    assert (found.kind("text"), found.kind("texts"), found.kind("array.6")) == ("str", "[str]", "[f32]")
+    assert (found.kind("text"), found.kind("texts"), found.kind("array.6")) == (
+        "str",
+        "[str]",
+        "[f32]",
+    )
     assert "nothing" not in found
     assert found.get("nothing") is None
 
@@ -120,14 +125,19 @@ def test_the_numbers_of_each_type(name: str, tmp_path: Path) -> None:
     assert file.values("t").dtype == np.float32
     np.testing.assert_array_equal(file.values("t"), expected)
     np.testing.assert_array_equal(file.values("t", 1, 2), expected[1:2])
-    np.testing.assert_array_equal(file.raw("t").reshape(-1), np.asarray(raw).view(np.uint8).reshape(-1))
+    np.testing.assert_array_equal(
+        file.raw("t").reshape(-1), np.asarray(raw).view(np.uint8).reshape(-1)
+    )
 
 
 def test_types_are_those_of_gguf_py() -> None:
     for kind in TYPES.values():
         # gguf-py still has Q8_1's size of 2023; no file holds that type
         if kind.code in iter(gguf.GGMLQuantizationType) and kind.name != "Q8_1":
-            assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind.code)] == (kind.block, kind.nbytes)
+            assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind.code)] == (
+                kind.block,
+                kind.nbytes,
+            )
             assert gguf.GGMLQuantizationType(kind.code).name == kind.name
 
 
@@ -175,7 +185,9 @@ def test_what_gguf_py_writes_is_read(
     writer.close()
     file = open_gguf(path)
     # gguf-py leaves out empty strings
-    assert {k: file.metadata[k] for k in keys if keys[k] != ""} == {k: v for k, v in keys.items() if v != ""}
+    assert {k: file.metadata[k] for k in keys if keys[k] != ""} == {
+        k: v for k, v in keys.items() if v != ""
+    }
     assert list(file.tensors) == list(arrays)
     for name, array in arrays.items():
         np.testing.assert_array_equal(file.values(name), array)

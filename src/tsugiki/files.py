@@ -86,7 +86,7 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_file(target: Path) -> Iterator[Path]:
     """A temporary file beside `target` that becomes `target` when the block ends well.
 
     For what is written piece by piece, or by another process. A killed writer leaves
@@ -94,9 +94,9 @@ def atomic_file(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Raises:
         DiskError: disk full, no permission; `target` is as before.
-        RunError: `target` exists and `replace` is false.
+        RunError: `target` exists.
     """
-    if target.exists() and not replace:
+    if target.exists():
         raise RunError(f"{target} exists already", fix="choose another name, or remove it first")
     temporary: Path | None = None
     try:

@@ -13,7 +13,8 @@ import re
 from dataclasses import dataclass
 
 from tsugiki.errors import ModelError, UsageError, did_you_mean
-from tsugiki.formats.gguf_file import TYPES, GgmlType, GgufFile, TensorInfo
+from tsugiki.formats.ggml_types import TYPES, GgmlType
+from tsugiki.formats.gguf_file import GgufFile, TensorInfo
 
 # The families whose mixes are proven; Mistral is stored as llama.
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
@@ -88,7 +89,7 @@ def model_shape(file: GgufFile) -> Shape:
         raise ModelError(f"{file.path} is one of {known['split.count']} parts; join them first")
     if known.get(f"{name}.expert_count", 0):
         raise ModelError(f"{file.path} is a mixture of experts, which is not quantised here")
-    counts = []
+    counts: list[int] = []
     for key in ("block_count", "attention.head_count", "attention.head_count_kv"):
         value = known.get(f"{name}.{key}", counts[-1] if key.endswith("_kv") else None)
         if hasattr(value, "__len__") and not isinstance(value, str) and len(value):

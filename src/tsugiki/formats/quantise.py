@@ -16,7 +16,8 @@ from pathlib import Path
 
 from tsugiki.errors import ModelError
 from tsugiki.files import atomic_file, require_space
-from tsugiki.formats.gguf_file import MAGIC, GgmlType, GgufFile, open_gguf
+from tsugiki.formats.ggml_types import GgmlType
+from tsugiki.formats.gguf_file import MAGIC, GgufFile, open_gguf
 from tsugiki.formats.llama_cpp.process import LlamaCpp, require_library
 from tsugiki.formats.mixes import Kind, choose_types, find_kind
 
@@ -52,7 +53,6 @@ def quantise_file(
     kind: str,
     threads: int,
     *,
-    replace: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Quantised:
     """Write `source` again with its matrices in the types of the mix `kind`.
@@ -67,7 +67,7 @@ def quantise_file(
         ModelError: not a whole GGUF file, an architecture not known here, already quantised,
             numbers that are not finite or not in the range of the type written.
         DiskError: too little space (told before), disk full.
-        RunError: `target` exists and `replace` is false.
+        RunError: `target` exists.
     """
     chosen = find_kind(kind)
     require_library()
@@ -90,7 +90,7 @@ def quantise_file(
         for name in types
         if (info := file.tensors[name]).nbytes
     ]
-    with atomic_file(target, replace=replace) as temporary, LlamaCpp(threads) as llama:
+    with atomic_file(target) as temporary, LlamaCpp(threads) as llama:
         with open(temporary, "r+b") as out:
             reserve(out.fileno(), size)
             out.write(head)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from ctypes import (
     POINTER,
     c_bool,
@@ -239,19 +239,16 @@ def _load(path: Path) -> ctypes.CDLL:
     raise LibraryProblem(f"{path.name} cannot be loaded: {first}")
 
 
-def _check(filled: ctypes.Structure, expected: dict[str, object]) -> None:
+def _check(filled: ctypes.Structure, expected: Mapping[str, object]) -> None:
     """Compare the library's defaults with the pinned version's, field by field."""
-    for name, kind in filled._fields_:  # type: ignore[misc]
+    for name, *_ in filled._fields_:
         value = getattr(filled, name)
         if isinstance(value, ctypes.Array):
             value = any(value)
-        elif not isinstance(value, int | float | bool):
+        elif not isinstance(value, int | float):
             value = bool(value)  # a pointer
         if value != expected.get(name, 0):
-            struct = type(filled).__doc__ or ""
-            raise LibraryProblem(
-                _other(f"{name} ({kind.__name__}) of {struct.partition('.')[0].partition(';')[0]} differs")
-            )
+            raise LibraryProblem(_other(f"{name} of {type(filled).__name__} is {value}"))
 
 
 def _other(why: str) -> str:

@@ -202,9 +202,10 @@ class _Context:
         if code != 0:
             raise Refused(f"llama.cpp failed to decode {len(tokens)} tokens (code {code})", "")
         rows = len(tokens) if every else 1
-        form = ctypes.c_float * (rows * self.vocabulary)
-        flat = form.from_address(self.library.llama_get_logits(self.context))
-        return np.frombuffer(flat, np.float32).reshape(rows, self.vocabulary)
+        place = ctypes.cast(
+            self.library.llama_get_logits(self.context), ctypes.POINTER(ctypes.c_float)
+        )
+        return np.ctypeslib.as_array(place, (rows, self.vocabulary))
 
 
 def _check_ids(ids: list[int], vocabulary: int) -> None:

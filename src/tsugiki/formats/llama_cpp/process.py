@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 
 from tsugiki.errors import MemoryLimitError, ModelError, TsugikiError, UsageError
 from tsugiki.files import as_disk_error, human_bytes
-from tsugiki.formats.gguf_file import TYPES, open_gguf
+from tsugiki.formats.ggml_types import TYPES
+from tsugiki.formats.gguf_file import open_gguf
 from tsugiki.formats.llama_cpp import frames
 from tsugiki.formats.llama_cpp.library import NEED, find_library
 
@@ -196,11 +197,10 @@ class LlamaCpp:
             "verb": "tokenise", "gguf": str(gguf), "texts": list(texts), "add": add_special,
             "parse": parse_special,
         }  # fmt: skip
-        return [header["ids"] for header, _ in self._ask(request, source=gguf)][0]
+        (found,) = [header["ids"] for header, _ in self._ask(request, source=gguf)]
+        return [list(ids) for ids in found]
 
-    def detokenise(
-        self, gguf: Path, ids: Sequence[Sequence[int]], *, special: bool
-    ) -> list[bytes]:
+    def detokenise(self, gguf: Path, ids: Sequence[Sequence[int]], *, special: bool) -> list[bytes]:
         """The bytes that tokens stand for, special ones left out unless asked for."""
         open_gguf(gguf)
         request = {
@@ -265,7 +265,7 @@ class LlamaCpp:
             "PYTHONPATH": os.pathsep.join(paths),
             "GGML_NO_BACKTRACE": "1",  # it would start a debugger
         }
-        self._said = tempfile.TemporaryFile()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed by _stop)
         self._child = subprocess.Popen(
             [sys.executable, "-P", "-m", "tsugiki.formats.llama_cpp.worker", str(memory)],
             stdin=subprocess.PIPE,
@@ -313,7 +313,9 @@ class LlamaCpp:
         if "memory" in header or header.get("errno") == errno.ENOMEM:
             return _out_of_memory(what)
         if "errno" in header:
-            return as_disk_error(OSError(header["errno"], header["text"]), target or source or Path())
+            return as_disk_error(
+                OSError(header["errno"], header["text"]), target or source or Path()
+            )
         why, about = header["refused"], header["about"]
         if why == "source":
             return ModelError(f"{about} in {source} has numbers that are not finite")

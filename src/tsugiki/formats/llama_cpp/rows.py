@@ -70,7 +70,8 @@ def quantise_file(
         waiting: set[Future[int]] = set()
         try:
             while waiting := waiting | {
-                pool.submit(work.piece, *piece) for piece in islice(pieces, 4 * threads - len(waiting))
+                pool.submit(work.piece, *piece)
+                for piece in islice(pieces, 4 * threads - len(waiting))
             }:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 yield {"bytes": sum(future.result() for future in done)}, b""
@@ -124,8 +125,8 @@ class _Work:
 
     def write(self, data: NDArray[np.uint8], place: int) -> None:
         """Write at a place of the target."""
-        view = memoryview(data)
-        while view:
+        view = data.data
+        while len(view):
             done = os.pwrite(self.target, view, place)
             view, place = view[done:], place + done
 
