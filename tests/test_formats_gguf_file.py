@@ -10,11 +10,11 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from gguf_hostile import KINDS, mutants
+from gguf_tiny import Tiny, write_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.gguf_hostile import KINDS, mutants
-from tests.gguf_tiny import write_tiny
 from tsugiki.errors import ModelError
 from tsugiki.formats.ggml_types import PLAIN, TYPES
 from tsugiki.formats.gguf_file import GgufFile, open_gguf
@@ -45,7 +45,7 @@ def test_each_malformed_kind_is_named(kind: str, tmp_path: Path) -> None:
 
 def test_mutants_are_read_or_refused(tmp_path: Path) -> None:
     """Never anything but a ModelError; none costs time or memory."""
-    write_tiny(tmp_path / "good.gguf", hidden=32, inner=32, layers=1)
+    write_tiny(tmp_path / "good.gguf", Tiny(hidden=32, inner=32, layers=1))
     whole = (tmp_path / "good.gguf").read_bytes()
     path = tmp_path / "mutant.gguf"
     outcomes = {"read": 0, "refused": 0}
@@ -142,8 +142,8 @@ def test_types_are_those_of_gguf_py() -> None:
 
 
 def test_numbers_that_cannot_be_told(tmp_path: Path) -> None:
-    from tests.gguf_hostile import gguf as write
-    from tests.gguf_hostile import tensor
+    from gguf_hostile import gguf as write
+    from gguf_hostile import tensor
 
     path = tmp_path / "model.gguf"
     path.write_bytes(write(tensors=[tensor("t", [256], TYPES["Q8_K"].code)], data=bytes(292)))

@@ -9,7 +9,6 @@ guessed at. Loads in the worker process only. Knows nothing of files or models.
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping
 from ctypes import (
@@ -252,6 +251,8 @@ def _check(filled: ctypes.Structure, expected: Mapping[str, object]) -> None:
 
 
 def _other(why: str) -> str:
+    import importlib.metadata  # takes as long to import as the library to load
+
     try:
         version = importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:

@@ -308,7 +308,9 @@ class LlamaCpp:
         """What an answer that is no result means."""
         what = _subject(verb, source)
         if "library" in header:
-            self._stop()
+            self._stop()  # it has ended
+            if "failed to map" in header["library"]:
+                return _out_of_memory(what)
             return UsageError(f"llama.cpp cannot be used: {header['library']}", fix=NEED)
         if "memory" in header or header.get("errno") == errno.ENOMEM:
             return _out_of_memory(what)
@@ -318,10 +320,11 @@ class LlamaCpp:
             )
         why, about = header["refused"], header["about"]
         if why == "source":
-            return ModelError(f"{about} in {source} has numbers that are not finite")
+            where = f" in {source}" if source else ""
+            return ModelError(f"{about}{where} has numbers that are not finite")
         if why == "target":
             return ModelError(
-                f"{about or 'a tensor'} has numbers that the type written cannot hold",
+                f"{about} has numbers that the type written cannot hold",
                 fix="write bf16 or f32, which hold every number of bf16 and f32 models",
             )
         said = ""

@@ -36,8 +36,11 @@ def quantise_rows(
 
     def chunk(row: int) -> None:
         count = min(at_once, rows - row)
+        given = source[row * columns : (row + count) * columns]
+        if not library.ggml_validate_row_data(F32, given.ctypes.data, given.nbytes):
+            raise Refused("source", "a tensor")
         place = out[row * width : (row + count) * width]
-        _quantise(library, type, source.ctypes.data + row * columns * 4, place, count, columns)
+        _quantise(library, type, given.ctypes.data, place, count, columns)
 
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(chunk, range(0, rows, at_once)):
@@ -56,10 +59,10 @@ def quantise_file(
     """
     with (
         open(source, "rb") as stream,
-        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
         open(target, "r+b", buffering=0) as out,
         ThreadPoolExecutor(threads) as pool,
     ):
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         work = _Work(library, np.frombuffer(mapped, np.uint8), out.fileno())
         pieces = (
             (job, row, min(at_once, job[3] - row))
@@ -77,7 +80,6 @@ def quantise_file(
                 yield {"bytes": sum(future.result() for future in done)}, b""
         finally:
             pool.shutdown(cancel_futures=True)
-            work.source = np.empty(0, np.uint8)  # the map can be closed
 
 
 class _Work:
@@ -134,8 +136,8 @@ class _Work:
 def _quantise(
     library: Library, type: int, source: int, out: NDArray[np.uint8], rows: int, columns: int
 ) -> None:
-    """`rows` fp32 rows at an address → `out`; refuses what became NaN or infinite."""
+    """`rows` finite fp32 rows at an address → `out`; refuses what became NaN or infinite."""
     size = library.ggml_quantize_chunk(type, source, out.ctypes.data, 0, rows, columns, None)
     assert size == out.nbytes, "ggml's own row size"
     if not library.ggml_validate_row_data(type, out.ctypes.data, out.nbytes):
-        raise Refused("target", "")
+        raise Refused("target", "a tensor")
