@@ -123,7 +123,9 @@ def main() -> bool:
         "files": f">= {arguments.mutants}", "not an error of ours": "== 0",
         "named otherwise": "== 0", "slowest s": "<= 2", "greediest MB": "<= 200",
     }  # fmt: skip
-    command = f"python -m benchmarks.hostile_gguf --mutants {arguments.mutants} --run {arguments.run}"
+    command = (
+        f"python -m benchmarks.hostile_gguf --mutants {arguments.mutants} --run {arguments.run}"
+    )
     return record.write("hostile_gguf", command, figures, bounds, outcomes=dict(outcomes))
 
 

@@ -53,7 +53,9 @@ def main() -> bool:
                         "scale": 0.1, "prompts": prompts, "threads": 2,
                     })  # fmt: skip
                     names.append((arch, kind + (" + adapter" if adapter else "")))
-                    ours.append(np.concatenate(llama.logits(path, prompts, lora=adapter, scale=0.1)))
+                    ours.append(
+                        np.concatenate(llama.logits(path, prompts, lora=adapter, scale=0.1))
+                    )
         request = place / "requests.json"
         request.write_text(json.dumps(requests))
         subprocess.run(

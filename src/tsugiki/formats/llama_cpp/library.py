@@ -138,6 +138,14 @@ CONTEXT_DEFAULTS = {
     "op_offload": True, "swa_full": True,
 }  # fmt: skip
 
+# How each type's numbers are told: type code → function(stored, fp32, elements).
+TO_FLOAT = {
+    F16: "ggml_fp16_to_fp32_row", BF16: "ggml_bf16_to_fp32_row",
+    2: "dequantize_row_q4_0", 3: "dequantize_row_q4_1", 6: "dequantize_row_q5_0",
+    7: "dequantize_row_q5_1", 8: "dequantize_row_q8_0", 10: "dequantize_row_q2_K",
+    11: "dequantize_row_q3_K", 12: "dequantize_row_q4_K", 13: "dequantize_row_q5_K",
+    14: "dequantize_row_q6_K", 20: "dequantize_row_iq4_nl", 23: "dequantize_row_iq4_xs",
+}  # fmt: skip
 Callback = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)  # ggml_log_callback
 _TOKENS = POINTER(c_int32)
 # name: (result, arguments)
@@ -147,8 +155,7 @@ SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         (c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p),
     ),
     "ggml_validate_row_data": (c_bool, (c_int32, c_void_p, c_size_t)),
-    "ggml_fp16_to_fp32_row": (None, (c_void_p, c_void_p, c_int64)),
-    "ggml_bf16_to_fp32_row": (None, (c_void_p, c_void_p, c_int64)),
+    **dict.fromkeys(TO_FLOAT.values(), (None, (c_void_p, c_void_p, c_int64))),
     "ggml_row_size": (c_size_t, (c_int32, c_int64)),
     "llama_print_system_info": (c_char_p, ()),
     "llama_log_set": (None, (Callback, c_void_p)),

@@ -284,21 +284,27 @@ class LlamaCpp:
             self._said.close()
             self._said = None
 
+    def _last_words(self) -> str:
+        """What the process has said on standard error, which is then empty again."""
+        if self._said is None:
+            return ""
+        self._said.seek(0)
+        said = self._said.read(100_000).decode(errors="replace")
+        self._said.seek(0)
+        self._said.truncate()
+        return said
+
     def _crashed(self, verb: str, source: Path | None) -> TsugikiError:
         """What an ended process means."""
         assert self._child is not None
-        assert self._said is not None
         code = self._child.wait()
-        self._said.seek(0)
-        said = self._said.read(100_000).decode(errors="replace")
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
-        what = _subject(verb, source)
+        said, what = self._last_words(), _subject(verb, source)
         if any(word in said for word in ("bad_alloc", "MemoryError", "failed to allocate")):
             return _out_of_memory(what)
         how = f"signal {-code}" if code < 0 else f"code {code}"
         return ModelError(
             f"llama.cpp ended ({how}) {what}",
-            got=" / ".join(lines[-3:])[:600] or None,
+            got=_end_of(said),
             fix="the file is damaged, or of a kind that this llama.cpp does not know",
         )
 
@@ -315,9 +321,8 @@ class LlamaCpp:
         if "memory" in header or header.get("errno") == errno.ENOMEM:
             return _out_of_memory(what)
         if "errno" in header:
-            return as_disk_error(
-                OSError(header["errno"], header["text"]), target or source or Path()
-            )
+            error = OSError(header["errno"], header["text"])
+            return as_disk_error(error, target or source or Path())
         why, about = header["refused"], header["about"]
         if why == "source":
             where = f" in {source}" if source else ""
@@ -327,14 +332,9 @@ class LlamaCpp:
                 f"{about} has numbers that the type written cannot hold",
                 fix="write bf16 or f32, which hold every number of bf16 and f32 models",
             )
-        said = ""
-        if self._said is not None:
-            self._said.seek(0)
-            said = self._said.read(100_000).decode(errors="replace")
-            self._said.seek(0)
-            self._said.truncate()
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
-        return ModelError(why, got=" / ".join([*filter(None, [about]), *lines[-3:]])[:600] or None)
+        return ModelError(
+            why, got=" / ".join(filter(None, [about, _end_of(self._last_words())])) or None
+        )
 
 
 def require_library() -> None:
@@ -345,6 +345,12 @@ def require_library() -> None:
     """
     if find_library() is None:
         raise UsageError("llama.cpp is needed for this, and it is not installed", fix=NEED)
+
+
+def _end_of(said: str) -> str | None:
+    """The last lines of a log, short enough for a message."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return " / ".join(lines[-3:])[:600] or None
 
 
 def _ids(rows: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tsugiki.formats.llama_cpp.library import BF16, F16, F32, Library, Refused
+from tsugiki.formats.llama_cpp.library import F32, TO_FLOAT, Library, Refused
 
 # Elements that a thread takes at once: their fp32 form (2 MB) stays in its cache.
 CHUNK = 1 << 19
@@ -105,8 +105,7 @@ class _Work:
             return int(stored.nbytes)
         if there != F32:
             numbers = self.memory("numbers", rows * columns * 4)
-            convert = {F16: library.ggml_fp16_to_fp32_row, BF16: library.ggml_bf16_to_fp32_row}
-            convert[there](data, numbers.ctypes.data, rows * columns)
+            getattr(library, TO_FLOAT[there])(data, numbers.ctypes.data, rows * columns)
             data = numbers.ctypes.data
         new = library.ggml_row_size(here, columns)
         done = self.memory("done", rows * new)
