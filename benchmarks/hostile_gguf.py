@@ -56,7 +56,7 @@ def good_files(place: Path) -> list[bytes]:
 
 def main() -> bool:
     """Read all, run a sample, write the figures."""
-    from gguf_hostile import KINDS, mutants
+    from gguf_hostile import KINDS, at_the_limits, mutants
 
     from tsugiki.errors import TsugikiError
     from tsugiki.formats.gguf_file import open_gguf
@@ -67,7 +67,7 @@ def main() -> bool:
     parser.add_argument("--run", type=int, default=500, help="how many of them llama.cpp sees")
     arguments = parser.parse_args()
     outcomes: Counter[str] = Counter()
-    slowest = greediest = 0.0
+    slowest = waited = greediest = 0.0
     passed: list[bytes] = []
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
@@ -75,9 +75,10 @@ def main() -> bool:
         path = place / "mutant.gguf"
         each = -(-arguments.mutants // len(wholes))
         cases = [(m, None) for n, whole in enumerate(wholes) for m in mutants(whole, each, n)]
-        for content, words in [*KINDS.values(), *cases[: arguments.mutants]]:
+        limits = [(content, None) for content in at_the_limits()]
+        for content, words in [*KINDS.values(), *limits, *cases[: arguments.mutants]]:
             path.write_bytes(content)
-            before, began = forget_peak(), time.monotonic()
+            before, began, used = forget_peak(), time.monotonic(), time.process_time()
             try:
                 file = open_gguf(path)
                 for key in file.metadata:
@@ -92,7 +93,8 @@ def main() -> bool:
             except Exception as error:
                 outcomes["broken"] += 1
                 print(f"{type(error).__name__}: {error}")
-            slowest = max(slowest, time.monotonic() - began)
+            slowest = max(slowest, time.process_time() - used)
+            waited = max(waited, time.monotonic() - began)
             greediest = max(greediest, peak_bytes() - before)
         chosen = np.random.default_rng(0).permutation(len(passed))[: arguments.run]
         longest = 0.0
@@ -114,14 +116,15 @@ def main() -> bool:
         "files": float(outcomes["read"] + outcomes["refused"] + outcomes["misnamed"]),
         "not an error of ours": float(outcomes["broken"]),
         "named otherwise": float(outcomes["misnamed"]),
-        "slowest s": slowest,
+        "slowest, processor s": slowest,
+        "slowest s": waited,
         "greediest MB": greediest / 1e6,
         "run by llama.cpp": float(len(chosen)),
         "longest run s": longest,
     }
     bounds = {
         "files": f">= {arguments.mutants}", "not an error of ours": "== 0",
-        "named otherwise": "== 0", "slowest s": "<= 2", "greediest MB": "<= 200",
+        "named otherwise": "== 0", "slowest, processor s": "<= 2", "greediest MB": "<= 200",
     }  # fmt: skip
     command = (
         f"python -m benchmarks.hostile_gguf --mutants {arguments.mutants} --run {arguments.run}"

@@ -8,6 +8,7 @@ of the logits.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -60,7 +61,7 @@ def main() -> bool:
         request.write_text(json.dumps(requests))
         subprocess.run(
             [str(oracles.llama_cpp_python()), str(ORACLE), "logits", str(request), str(place)],
-            check=True, stderr=subprocess.DEVNULL,
+            check=True, stderr=subprocess.DEVNULL, env={"OMP_WAIT_POLICY": "passive", **os.environ},
         )  # fmt: skip
         table: dict[str, dict[str, float]] = {arch: {} for arch in ARCHITECTURES}
         same, spreads = 0, []

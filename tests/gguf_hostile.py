@@ -128,6 +128,14 @@ KINDS: dict[str, tuple[bytes, str | None]] = {
 }  # fmt: skip
 
 
+def at_the_limits() -> Iterator[bytes]:
+    """As many strings, keys and tensors as are read at all: nothing is wrong, but all is too much."""
+    many = b"".join(text(f"{i % 9999:04}") for i in range(9999)) * 200
+    yield gguf([key("k", ARRAY, struct.pack("<IQ", STRING, 9999 * 200) + many)])
+    yield gguf([key(f"k{i}", U32, bytes(4)) for i in range(20_000)])
+    yield gguf(tensors=[tensor(f"t{i}", [0]) for i in range(50_000)])
+
+
 def mutants(whole: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
     """Changed copies of a good file, mostly within its header: bytes, integers, lengths, cuts."""
     random_ = random.Random(seed)

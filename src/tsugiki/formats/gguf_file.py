@@ -28,8 +28,8 @@ ALIGNMENT_KEY = "general.alignment"
 # Far above any real model (about 100 keys, 10,000 tensors, 262,144 tokens with as many merges),
 # and low enough that a hostile file is refused or read in well under two seconds.
 KEY_LIMIT = 20_000
-TENSOR_LIMIT = 100_000
-STRINGS_LIMIT = 4_000_000  # strings in all arrays together
+TENSOR_LIMIT = 50_000
+STRINGS_LIMIT = 2_000_000  # strings in all arrays together
 TEXT_LIMIT = 16 << 20  # bytes of one string
 NAME_LIMIT = 63  # bytes of a tensor's name (GGML_MAX_NAME less the end)
 DIMENSIONS = 4
