@@ -20,6 +20,10 @@ PROOFS = {
     "real_data": "stories260K on three real sets, beside PEFT",
     "aozora": "five works train a tiny GPT-2, LoRA learns the sixth",
     "merge_memory": "a 6 GB merge in bounded memory, at the speed of a copy",
+    "quantise_mix": "quantised files are llama.cpp's own, byte for byte",
+    "quantise_speed": "quantising is no slower than llama.cpp's own",
+    "strict_logits": "our llama.cpp process gives llama-cpp-python's logits",
+    "hostile_gguf": "10,000 damaged GGUF files are read or refused",
     "defaults_sweep": "bare `tsugiki train` against a sweep of rates and epochs",
 }
 
