@@ -314,7 +314,9 @@ def presets(as_json: Json = False) -> None:
     table = Table("preset", "for", "settings", box=None, pad_edge=False)
     for name, (text, values) in PRESETS.items():
         flat = ", ".join(
-            f"{key} {value:g}" for part in values.values() for key, value in part.items()
+            f"{key} {value if isinstance(value, str) else format(value, 'g')}"
+            for part in values.values()
+            for key, value in part.items()
         )
         table.add_row(name, text, flat)
     Terminal(as_json=as_json).say("presets", table, presets={k: v for k, (_, v) in PRESETS.items()})

@@ -69,9 +69,10 @@ class Nf4Codes:
     ) -> Tensor:
         """A part of the matrix; columns begin and end at blocks."""
         if self.device.type == "cuda":
-            from tsugiki.kernels.nf4_cuda import unpack
+            from tsugiki.kernels import nf4_cuda
 
-            return unpack(self, dtype)[rows, columns]
+            if nf4_cuda.available():
+                return nf4_cuda.unpack(self, dtype)[rows, columns]
         out, width = self.shape
         if self.divisible == 0:
             assert rows == columns == ALL, "blocks cross rows"
@@ -182,11 +183,12 @@ def _quantize_scales(values: Tensor) -> tuple[Tensor, Tensor]:
     scales = grid.abs().amax(dim=1)
     table = dynamic_map(values.device)
     scaled = (grid * scales.reciprocal()[:, None]).nan_to_num_(0.0).clamp_(-1, 1)
+    # bitsandbytes looks the nearest place up by sixteen bits (0.50, on a CPU)
+    scaled = ((scaled + 1) * 0.5 * 65535 + 0.5).to(torch.int32) / 65535 * 2 - 1
     right = torch.searchsorted(table, scaled).clamp_(1, len(table) - 1)
     left = right - 1
     nearer = (table[right] - scaled).abs() < (scaled - table[left]).abs()
     places = torch.where(nearer, right, left).to(torch.uint8)
-    places[scales == 0] = 0
     return places.view(-1)[: len(values)].clone(), scales
 
 

@@ -1,4 +1,4 @@
-"""Frozen weights kept in few bits: unpacked tile by tile into memory that is used again, then multiplied.
+"""Frozen weights in few bits: unpacked by tiles into memory that is used again, then multiplied.
 
 How codes become numbers is `kernels/nf4.py`'s and `kernels/int8_rows.py`'s. A tile is never larger
 than a core's share of the last cache, so that a product reads it from there, and no page is touched

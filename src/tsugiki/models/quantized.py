@@ -66,10 +66,11 @@ class QuantizedLinear(nn.Module):
     @property
     def codes(self) -> Codes:
         """The matrix (out, in) as the kernels read it."""
-        parts = [self.get_parameter(name) for name in PARTS[self.method]]
+        part = self.get_parameter
         if self.method == "int8":
-            return Int8Codes(*parts)
-        return Nf4Codes(*parts, (self.out_features, self.in_features))
+            return Int8Codes(part("packed"), part("scales"))
+        shape = (self.out_features, self.in_features)
+        return Nf4Codes(part("packed"), part("absmax"), part("scales"), part("offset"), shape)
 
     @property
     def frozen(self) -> QuantizedWeight:

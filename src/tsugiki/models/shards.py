@@ -168,6 +168,13 @@ class StoredModel:
         """A view on the mapped file; never write to it."""
         return view(self._map(self.tensors[name].file), self.tensors[name])
 
+    def release(self, name: str) -> None:
+        """Let go of the memory that reading a tensor brought in; its views stay right."""
+        stored = self.tensors[name]
+        begin = -(-stored.begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED") and stored.end - begin >= mmap.PAGESIZE:
+            self._map(stored.file).madvise(mmap.MADV_DONTNEED, begin, stored.end - begin)
+
     def _map(self, path: Path) -> mmap.mmap:
         if path not in self._maps:
             self._maps[path] = map_file(path)
