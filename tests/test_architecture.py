@@ -15,7 +15,7 @@ FLOORS: dict[str, int] = {
     "errors": 0, "config": 0, "files": 0, "device": 0, "supervise": 0, "terminal": 0,
     "presets": 0,
     "models": 1, "data": 1, "kernels": 1,
-    "adapters": 2,
+    "adapters": 2, "memory": 2,
     "planning": 3, "engine": 3, "proof": 3,
     "training": 4, "evaluation": 4, "merging": 4, "joining": 5,
     "cli": 5, "pipelines": 5, "demo": 5, "talk": 5, "flags": 5,

@@ -341,6 +341,7 @@ def _explain_kill(outcome: supervise.Outcome, terminal: Terminal) -> None:
         else "the run was killed (SIGKILL); without a kill by hand this means out of memory"
     )
     ways = (
+        "--quantize nf4, --gradient-checkpointing always, "
         "--batch-size 1 --gradient-accumulation-steps 16, --lora-r 8, fewer --targets, "
         "a smaller --max-length"
     )

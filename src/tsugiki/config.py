@@ -10,7 +10,6 @@ Precedence: flag > `--config` file > `--preset` > chosen default.
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -18,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tsugiki.errors import UsageError, did_you_mean
+from tsugiki.files import parse_bytes
 
 TrainOn = Literal["assistant", "last", "everything"]
 Long = Literal["skip", "window", "split"]
@@ -40,22 +40,6 @@ OPTIMIZER_NAMES: dict[str, str] = {
 def option(flag: str, text: str, default: Any = None) -> Any:
     """A field that is also a command-line flag, with the same help text everywhere."""
     return Field(default=default, description=text, json_schema_extra={"flag": flag})
-
-
-def parse_bytes(text: str) -> int:
-    """'8GB' (10⁹), '6GiB' (2³⁰), '512 MB', '1000000' → bytes.
-
-    Raises:
-        ValueError: anything else, or nothing at all.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
-    if match is None:
-        raise ValueError("a size such as 8GB, 6GiB or 500MB")
-    number, letter, binary = match.groups()
-    size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(letter or " "))
-    if size <= 0:
-        raise ValueError("must be more than nothing")
-    return size
 
 
 class Section(BaseModel):

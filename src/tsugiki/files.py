@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -267,3 +268,19 @@ class RunLock:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+
+def parse_bytes(text: str) -> int:
+    """'8GB' (10⁹), '6GiB' (2³⁰), '512 MB', '1000000' → bytes.
+
+    Raises:
+        ValueError: anything else, or nothing at all.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if match is None:
+        raise ValueError("a size such as 8GB, 6GiB or 500MB")
+    number, letter, binary = match.groups()
+    size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(letter or " "))
+    if size <= 0:
+        raise ValueError("must be more than nothing")
+    return size

@@ -23,7 +23,7 @@ from tsugiki.data.dataset import Prepared, prepare
 from tsugiki.data.formats import Rows, read_rows
 from tsugiki.data.report import counts_table, show
 from tsugiki.device import Decisions, decide
-from tsugiki.errors import DataError, MemoryLimitError
+from tsugiki.errors import DataError, MemoryLimitError, UsageError
 from tsugiki.files import human_bytes, read_json, require_space
 from tsugiki.models.load import Base, ResolvedModel, load_base, load_tokenizer, resolve_model
 from tsugiki.models.spec import ModelSpec
@@ -96,6 +96,7 @@ def run_prepared(
         device=session.decisions.device,
         trust_remote_code=session.plan.config.model.trust_remote_code,
         random_init=random_init,
+        quantize=session.plan.config.model.quantize,
     )
     for note in base.notes:
         terminal.say("note", Text(note, style="dim"), text=note)
@@ -105,6 +106,12 @@ def run_prepared(
 
 def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) -> Session:
     """Everything before weights: base found, rows read and proven, values chosen."""
+    if config.train.method == "full" and config.model.quantize != "none":
+        raise UsageError(
+            "full fine-tuning changes every weight, and weights in few bits cannot be changed",
+            got=f"--method full --quantize {config.model.quantize}",
+            fix="leave one of them out",
+        )
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"path": find_data(config)})}
     )
@@ -327,7 +334,9 @@ def _train(
 def _memory_error(session: Session, folder: Path) -> MemoryLimitError:
     from tsugiki.planning import ways_out
 
-    ways = "; ".join(ways_out(session.plan.config, facts_of(session.prepared)))
+    plan, facts = session.plan, facts_of(session.prepared)
+    trainable = count_trainable(plan.config, session.spec)
+    ways = "; ".join(ways_out(session.spec, plan.config, facts, session.decisions, trainable))
     return MemoryLimitError(
         "out of memory",
         got=f"predicted {human_bytes(session.plan.memory_total)}",

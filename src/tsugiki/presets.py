@@ -36,7 +36,7 @@ def _preset(
         "warmup_ratio": warmup,
         "weight_decay": decay,
     }
-    sections = {
+    sections: dict[str, dict[str, Any]] = {
         "model": {"quantize": quantize},
         "data": {"max_length": length},
         "lora": lora,

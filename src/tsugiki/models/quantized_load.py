@@ -63,7 +63,7 @@ def load_quantized(
                     small = quantized(method, module, read.to(device), workspace, dtype)
                 except ModelError as error:
                     raise ModelError(f"{name}: {error.problem}") from None
-                small.bias = module.bias  # the hollow one, or one that came before its weight
+                small._parameters["bias"] = module._parameters.get("bias")  # hollow, or come before
                 put(model, owner, small)
             else:
                 _fill(model.get_submodule(owner), last, read.to(device, dtype, copy=True))
