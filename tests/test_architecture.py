@@ -17,7 +17,7 @@ FLOORS: dict[str, int] = {
     "models": 1, "data": 1, "kernels": 1,
     "adapters": 2, "memory": 2,
     "planning": 3, "engine": 3, "proof": 3,
-    "training": 4, "evaluation": 4, "merging": 4, "joining": 5,
+    "training": 4, "evaluation": 4, "merging": 4, "joining": 5, "quantizing": 5,
     "cli": 5, "pipelines": 5, "demo": 5, "talk": 5, "flags": 5,
     "watching": 5, "looking": 5, "__main__": 5, "__init__": 5,
 }  # fmt: skip

@@ -18,6 +18,7 @@ from tsugiki.config import RunConfig, build_config, read_yaml
 from tsugiki.errors import TsugikiError, UsageError
 from tsugiki.flags import with_config_flags
 from tsugiki.presets import PRESETS, preset
+from tsugiki.quantizing import quantize_base
 from tsugiki.terminal import Terminal
 
 app = typer.Typer(
@@ -126,6 +127,9 @@ TopP = Annotated[float | None, typer.Option(help="keep the likeliest tokens up t
 MinP = Annotated[float | None, typer.Option(help="keep tokens above this share of the best")]
 Penalty = Annotated[float, typer.Option(help="above 1: repeats are less likely")]
 Seed = Annotated[int | None, typer.Option(help="seed of the sampling")]
+Kept = Annotated[
+    str | None, typer.Option("--quantize", help="none, nf4 or int8; default: as it was trained")
+]
 Compare = Annotated[bool, typer.Option("--compare", help="base and tuned side by side")]
 
 
@@ -148,6 +152,7 @@ def generate(
     seed: Seed = None,
     template: Template = None,
     accept_base: Accept = False,
+    quantize: Kept = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -163,6 +168,7 @@ def generate(
             base_only=base_only,
             template=template,
             accept_base=accept_base,
+            quantize=quantize,
             trust_remote_code=trust_remote_code,
         ),
         prompts or (),
@@ -190,6 +196,7 @@ def chat(
     seed: Seed = None,
     template: Template = None,
     accept_base: Accept = False,
+    quantize: Kept = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Talk to the newest adapter; /help inside lists what can be typed."""
@@ -204,6 +211,7 @@ def chat(
             base_only=base_only,
             template=template,
             accept_base=accept_base,
+            quantize=quantize,
             trust_remote_code=trust_remote_code,
         ),
         sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens),
@@ -320,6 +328,9 @@ def presets(as_json: Json = False) -> None:
         )
         table.add_row(name, text, flat)
     Terminal(as_json=as_json).say("presets", table, presets={k: v for k, (_, v) in PRESETS.items()})
+
+
+app.command("quantize-base")(quantize_base)
 
 
 def _supervised(work: Any, as_json: bool) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.text import Text
 
 from tsugiki.adapters.origin import adapter_folder, find_base
+from tsugiki.adapters.record import recorded_quantization
 from tsugiki.errors import DataError
 from tsugiki.files import human_bytes
 from tsugiki.merging import NAMES, Merged, plan_merge, type_code, write_merged
@@ -51,6 +52,12 @@ def merge_adapter(
         untie=untie,
         accept_base=accept_base,
     )
+    kept, _ = recorded_quantization(plan.changes.record)
+    if kept != "none":
+        notes.append(
+            f"it was trained on this base in {kept}; merged into the 16-bit weights, which differ "
+            "from those by their rounding, it answers a little otherwise"
+        )
     for note in [*notes, *plan.notes]:
         terminal.say("note", Text(f"note: {note}", style="yellow"), text=note)
     read = time.monotonic() - began

@@ -25,7 +25,14 @@ from tsugiki.data.report import counts_table, show
 from tsugiki.device import Decisions, decide
 from tsugiki.errors import DataError, MemoryLimitError, UsageError
 from tsugiki.files import human_bytes, read_json, require_space
-from tsugiki.models.load import Base, ResolvedModel, load_base, load_tokenizer, resolve_model
+from tsugiki.models.load import (
+    Base,
+    ResolvedModel,
+    load_base,
+    load_tokenizer,
+    origin_of,
+    resolve_model,
+)
 from tsugiki.models.spec import ModelSpec
 from tsugiki.planning import Facts, Plan, check_context, make_plan
 from tsugiki.terminal import Terminal
@@ -119,6 +126,10 @@ def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) 
     if config.model.name is None:
         text = "no --model given: training sprout, the small practice model that comes with tsugiki"
         terminal.say("note", Text(text, style="dim"), text=text)
+    origin = origin_of(resolved.folder, config.model.quantize)
+    if origin is not None:
+        kept = config.model.model_copy(update={"quantize": origin.method})
+        config = config.model_copy(update={"model": kept})
     spec = ModelSpec.from_folder(resolved.folder, trust_remote_code=config.model.trust_remote_code)
     check_context(config.data.max_length, spec)
     tokenizer = load_tokenizer(resolved, trust_remote_code=config.model.trust_remote_code)

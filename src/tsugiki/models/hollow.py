@@ -7,7 +7,7 @@ memory twice. Knows no files.
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -26,6 +26,22 @@ def hollow_model(
         hook.remove()
     assert isinstance(model, nn.Module)
     return model
+
+
+def fill(model: nn.Module, path: str, value: Tensor) -> None:
+    """Give a parameter its numbers, in every place that shares it.
+
+    Raises:
+        ValueError: they have another shape.
+    """
+    hollow = model.get_parameter(path)
+    if hollow.shape != value.shape:
+        raise ValueError(f"{path} {tuple(value.shape)} instead of {tuple(hollow.shape)}")
+    filled = nn.Parameter(value, requires_grad=False)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is hollow:
+                module._parameters[name] = filled
 
 
 def _without_memory(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:

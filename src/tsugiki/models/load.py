@@ -32,6 +32,7 @@ from tsugiki.models.hub import ResolvedModel, resolve_model
 from tsugiki.models.isolation import probe_isolation
 from tsugiki.models.quantized import quantize_modules
 from tsugiki.models.quantized_load import load_quantized
+from tsugiki.models.quantized_store import Origin, is_quantized_folder, load_stored, read_origin
 from tsugiki.models.spec import ModelSpec, NameMap, load_config
 from tsugiki.models.tune import Tuned, tune
 
@@ -50,6 +51,7 @@ class Base:
     flat: documents may lie end to end; else each runs alone with the model's own attention.
     tuned: which modules were replaced by proven faster ones (`make_fast`).
     quantize: how its projections are kept: none (as they are), nf4 or int8.
+    origin: the 16-bit base, where quantised weights were read from a folder of their own.
     """
 
     model: nn.Module
@@ -62,6 +64,7 @@ class Base:
     notes: list[str] = field(default_factory=list)
     tuned: Tuned | None = None
     quantize: str = "none"
+    origin: Origin | None = None
 
     @property
     def device(self) -> torch.device:
@@ -69,11 +72,15 @@ class Base:
         return next(self.model.parameters()).device
 
     def fingerprint(self) -> Fingerprint:
-        """Identity of the stored tensors."""
+        """Identity of the stored tensors, of the 16-bit base where they are quantised."""
+        if self.origin is not None:
+            return self.origin.fingerprint
         return fingerprint_folder(self.folder, self.spec.meta_model())
 
     def names(self) -> NameMap:
         """How its parameters are named in its files; only headers are read."""
+        if self.origin is not None:
+            return NameMap(self.spec.meta_model(), self.origin.stored)
         stored = [name for file in weight_files(self.folder) for name in check_safetensors(file)]
         return NameMap(self.spec.meta_model(), stored)
 
@@ -142,6 +149,7 @@ def load_base(
     config = load_config(folder, trust_remote_code=trust_remote_code)
     spec = ModelSpec.from_config(config)
     refuse_quantized(config, folder)
+    origin = origin_of(folder, quantize)
     tokenizer = load_tokenizer(resolved, trust_remote_code=trust_remote_code)
     if random_init:
         model = AutoModelForCausalLM.from_config(
@@ -149,6 +157,8 @@ def load_base(
         ).to(device)
         if quantize != "none":
             quantize_modules(model, quantize)
+    elif origin is not None:
+        model = load_stored(folder, config, dtype=dtype, device=device)
     elif quantize != "none":
         model = load_quantized(
             folder, config, quantize,
@@ -167,10 +177,31 @@ def load_base(
     else:
         use_own_attention(model)
         notes.append(f"one document at a time for this base: {isolation.reason}")
-    return Base(
+    base = Base(
         model, tokenizer, spec, folder, resolved.name, resolved.commit, isolation.holds, notes,
-        quantize=quantize,
+        quantize=quantize, origin=origin,
     )  # fmt: skip
+    if origin is not None:  # it is the 16-bit base that an adapter belongs to
+        base.name, base.commit, base.quantize = origin.name, origin.commit, origin.method
+    return base
+
+
+def origin_of(folder: Path, quantize: str | None) -> Origin | None:
+    """Who the base of a quantised folder is; None for any other folder.
+
+    Raises:
+        ModelError: it is quantised otherwise than asked for.
+    """
+    if not is_quantized_folder(folder):
+        return None
+    origin = read_origin(folder)
+    if quantize not in (None, "none", origin.method):
+        raise ModelError(
+            f"{folder} is quantised already",
+            got=f"{origin.method}, asked for {quantize}",
+            fix=f"leave --quantize out, or --model {origin.name}",
+        )
+    return origin
 
 
 def refuse_quantized(config: PretrainedConfig, folder: Path) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig
 
 from tsugiki.errors import ModelError
 from tsugiki.kernels.quantized import Workspace
-from tsugiki.models.hollow import hollow_model
+from tsugiki.models.hollow import fill, hollow_model
 from tsugiki.models.quantized import put, quantizable, quantized
 from tsugiki.models.shards import StoredModel, open_model
 from tsugiki.models.spec import NameMap
@@ -66,17 +66,10 @@ def load_quantized(
                 small._parameters["bias"] = module._parameters.get("bias")  # hollow, or come before
                 put(model, owner, small)
             else:
-                _fill(model.get_submodule(owner), last, read.to(device, dtype, copy=True))
+                fill(model, path, read.to(device, dtype, copy=True))
             del read
             stored.release(name)
-    for path, first in names.tied.items():
-        owner, _, last = path.rpartition(".")
-        model.get_submodule(owner)._parameters[last] = model.get_parameter(first)
     return model.to(device)
-
-
-def _fill(module: nn.Module, name: str, tensor: Tensor) -> None:
-    module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
 
 
 def where_stored(model: nn.Module, names: NameMap, stored: StoredModel) -> dict[str, str]:

@@ -23,6 +23,7 @@ from tsugiki.errors import ModelError
 
 HEADER_LIMIT = 100 << 20  # bytes, the format's own cap
 INDEX = "model.safetensors.index.json"
+QUANTIZED_RECORD = "tsugiki_base.json"  # beside weights in few bits (models/quantized_store.py)
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -204,6 +205,11 @@ def open_model(folder: Path) -> StoredModel:
             that lies, a tensor in two files.
     """
     path = folder / "config.json"
+    if (folder / QUANTIZED_RECORD).is_file():
+        raise ModelError(
+            f"{folder} holds a quantised base, not its 16-bit weights",
+            fix="--model with the base that it was made of",
+        )
     if not path.is_file():
         raise ModelError(
             f"{folder} is not a model folder: it has no config.json",

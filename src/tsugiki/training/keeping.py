@@ -33,7 +33,10 @@ def base_identity(base: Base) -> BaseIdentity:
     """Who this base is, for adapters trained on it."""
     found = base.fingerprint()
     kind = stored_dtype(base.spec.config)
-    return BaseIdentity(base.name, found.exact, found.rounded, base.commit, kind)
+    folder = None if base.origin is None else str(base.folder.absolute())
+    return BaseIdentity(
+        base.name, found.exact, found.rounded, base.commit, kind, base.quantize, folder
+    )
 
 
 def run_identity(
