@@ -208,12 +208,12 @@ def free_bytes(path: Path) -> int:
 
 
 def human_bytes(count: float) -> str:
-    """1536 → '1.5 KB' (powers of 1024, one decimal)."""
+    """1500 → '1.5 KB' (powers of 1000, one decimal), as `parse_bytes` reads them."""
     size = float(count)
     for unit in ("B", "KB", "MB", "GB"):
-        if abs(size) < 1024:
+        if abs(size) < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
+        size /= 1000
     return f"{size:.1f} TB"
 
 

@@ -17,9 +17,10 @@ from tsugiki.kernels import loss, nf4, quantized
 from tsugiki.kernels.blocks import BLOCK, KEEP
 from tsugiki.models.spec import ModelSpec
 
-# A process that has trained, less one that has read rows and config: libraries loaded late,
-# compiled products, torn pages. Measured.
-LATE_BYTES = 120 << 20
+# Measured: what a process that trains holds beyond one that has read rows and config (libraries
+# loaded late, compiled products), and beyond the bytes of its tensors (holes between them).
+LATE_BYTES = 150 << 20
+TORN = 1.12
 MASTER = 16  # fp32 weight, gradient and AdamW's two moments of one trained parameter
 EVAL_TOKENS = 4096  # of one forward pass of an evaluation (training/objective.py)
 
@@ -170,24 +171,25 @@ def predict(
     full = config.train.method == "full"
     quantize = config.model.quantize
     one = layer_bytes(shape, config, batch, width)
-    if full:  # plain modules, nothing of ours
-        one = batch.tokens * (width * (12 * shape.hidden + 6 * shape.key + 3 * shape.wide)
-                              + 16 * shape.hidden)  # fmt: skip
+    head = head_bytes(shape, batch, width)
+    if full:  # plain modules and whole logits
+        wide = 12 * shape.hidden + 6 * shape.key + 3 * shape.wide
+        one = batch.tokens * (width * wide + 16 * shape.hidden)
+        head = batch.labelled * shape.vocab * 4 * width
     kept = one * shape.layers
     if config.train.gradient_checkpointing == "always":
         kept = batch.tokens * shape.hidden * width * shape.layers + one
-    passing = batch.tokens * width * (3 * shape.inner + 4 * shape.hidden)
-    step = kept + max(head_bytes(shape, batch, width), passing)
+    step = kept + max(head, batch.tokens * width * (3 * shape.inner + 4 * shape.hidden))
     few = min(EVAL_TOKENS, held_out_tokens)
     looking = few * width * (3 * shape.inner + 6 * shape.hidden) + head_bytes(
         shape, Pass(few, batch.longest, few), width
     )
     proving = 0 if full else shape.block * 4 * width  # two copies and one of twice the width
-    weights = weight_bytes(shape, quantize, 4 if full else width)
+    weights = weight_bytes(shape, quantize, width)
     return {
         "process": resident + LATE_BYTES,
         "weights": weights + workspace_bytes(shape, quantize, width),
         "trained": trainable * (MASTER - 4 if full else MASTER + width // 2),
-        "activations": kept,
-        "passing": max(step, looking, proving) - kept,
+        "activations": int(kept * TORN),
+        "passing": int((max(step, looking, proving) - kept) * TORN),
     }

@@ -34,7 +34,14 @@ from tsugiki.models.load import (
     resolve_model,
 )
 from tsugiki.models.spec import ModelSpec
-from tsugiki.planning import Facts, Plan, check_context, make_plan
+from tsugiki.planning import (
+    Facts,
+    Plan,
+    check_context,
+    compare_memory,
+    make_plan,
+    projection_bytes,
+)
 from tsugiki.terminal import Terminal
 from tsugiki.training.events import TrainResult
 from tsugiki.training.loop import train
@@ -283,6 +290,12 @@ def show_plan(session: Session, terminal: Terminal) -> None:
         for name, sizes in by_name.items():
             table.add_row(f"  {name}", f"{len(sizes)} × {sizes[0]:,} = {sum(sizes):,}", "")
     table.add_row("trained", f"{trainable:,} parameters ({share:.2f} %)", "")
+    if config.model.quantize != "none":
+        kept, of = projection_bytes(session.spec, config.model.quantize, session.decisions)
+        table.add_row(
+            "quantize", config.model.quantize,
+            f"projections in {human_bytes(kept)} instead of {human_bytes(of)}",
+        )  # fmt: skip
     for name in ("device", "dtype", "threads"):
         reason = session.decisions.reasons.get(name, "")
         table.add_row(name, str(getattr(session.decisions, name)), reason)
@@ -292,6 +305,9 @@ def show_plan(session: Session, terminal: Terminal) -> None:
     table.add_row("steps", f"{plan.steps:,} of {plan.rows_per_step} rows", "")
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.memory.items())
     table.add_row("memory", f"about {human_bytes(plan.memory_total)}", parts)
+    ways = compare_memory(session.spec, config, facts_of(session.prepared), session.decisions)
+    shown = " : ".join(f"{name} {human_bytes(size)}" for name, size in ways.items())
+    table.add_row("", shown, "what this run would need either way")
     table.add_row("disk", f"up to {human_bytes(plan.disk)}", "")
     terminal.say(
         "plan",
@@ -302,6 +318,7 @@ def show_plan(session: Session, terminal: Terminal) -> None:
         steps=plan.steps,
         trainable=trainable,
         memory=plan.memory,
+        memory_by_method=ways,
         disk=plan.disk,
     )
 

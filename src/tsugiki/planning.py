@@ -18,7 +18,7 @@ from tsugiki.config import LoraConfig, RunConfig
 from tsugiki.device import Decisions
 from tsugiki.errors import AdapterError, MemoryLimitError, UsageError
 from tsugiki.files import human_bytes, parse_bytes
-from tsugiki.memory import Pass, predict
+from tsugiki.memory import Pass, predict, shape_of, weight_bytes
 from tsugiki.models.spec import ModelSpec
 
 # Rows of one forward pass stop growing here: beyond it a CPU gains nothing.
@@ -240,7 +240,9 @@ def predict_memory(
     trainable: int,
 ) -> dict[str, int]:
     """Bytes by part at the peak of a run whose passes hold `micro` rows (`tsugiki.memory`)."""
-    width = 2 if decisions.dtype in ("bfloat16", "float16") else 4
+    # full fine-tuning holds its weights in fp32
+    short = decisions.dtype in ("bfloat16", "float16") and config.train.method != "full"
+    width = 2 if short else 4
     mean = facts.tokens / max(1, facts.rows)
     tokens = min(micro * facts.longest, int(micro * mean * 1.5) + facts.longest)
     labelled = math.ceil(tokens * facts.labelled_tokens / max(1, facts.tokens))
@@ -248,6 +250,37 @@ def predict_memory(
     held_out = facts.held_out * facts.longest
     resident = CUDA_BYTES if decisions.device.startswith("cuda") else None
     return predict(spec, config, batch, held_out, width, trainable, resident=resident)
+
+
+def projection_bytes(spec: ModelSpec, quantize: str, decisions: Decisions) -> tuple[int, int]:
+    """Bytes of the frozen projections in few bits, and in the compute type."""
+    shape = replace(shape_of(spec), others=0)
+    width = 2 if decisions.dtype in ("bfloat16", "float16") else 4
+    return weight_bytes(shape, quantize, width), weight_bytes(shape, "none", width)
+
+
+def compare_memory(
+    spec: ModelSpec, config: RunConfig, facts: Facts, decisions: Decisions
+) -> dict[str, int]:
+    """Bytes at the peak of this run as full fine-tuning, LoRA, and LoRA on a base in four bits."""
+    needs = {}
+    for name, method, quantize in (
+        ("full", "full", "none"), ("LoRA", "lora", "none"), ("QLoRA", "lora", "nf4"),
+    ):  # fmt: skip
+        changed = config.model_copy(
+            update={
+                "train": config.train.model_copy(update={"method": method}),
+                "model": config.model.model_copy(update={"quantize": quantize}),
+            }
+        )
+        count = spec.parameters
+        if method == "lora":
+            found = resolve_targets(spec.meta_model(), config.lora.targets)
+            count = sum(target.count(config.lora.r) for target in found)
+        micro = config.train.batch_size or 1
+        parts = predict_memory(spec, changed, facts, decisions, micro, count)
+        needs[name] = sum(parts.values())
+    return needs
 
 
 def predict_disk(spec: ModelSpec, config: RunConfig, trainable: int) -> int:
