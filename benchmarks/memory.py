@@ -1,8 +1,8 @@
 """`python -m benchmarks.memory`: the planner's prediction of memory against what a run took.
 
-Real runs of `tsugiki train` on random weights, each in a fresh process, over shapes, lengths, ranks,
-few-bit storage and checkpointing; predicted bytes against the process's highest resident size.
-Also a run under --max-memory, and the storage of the frozen projections against bf16.
+Real runs of `tsugiki train` on random weights, each in a fresh process, over shapes, lengths,
+ranks, few-bit storage and checkpointing; predicted bytes against the process's highest resident
+size. Also a run under --max-memory, and the storage of the frozen projections against bf16.
 """
 
 from __future__ import annotations
@@ -61,10 +61,12 @@ def main() -> bool:
             result = fresh_process(case, Path(temporary))
             result["ratio"] = sum(result["predicted"].values()) / result["peak"]
             rows.append(result)
+            needed, held = sum(result["predicted"].values()) / 1e6, result["peak"] / 1e6
             print(
-                f"{result['ratio']:6.3f}  {sum(result['predicted'].values()) / 1e6:6.0f} MB predicted,"
-                f" {result['peak'] / 1e6:6.0f} MB  {result['name']}", flush=True,
-            )  # fmt: skip
+                f"{result['ratio']:6.3f}  {needed:6.0f} MB predicted, {held:6.0f} MB held"
+                f"  {result['name']}",
+                flush=True,
+            )
         if asked.only:
             return True
         limited = fresh_process(LIMITED, Path(temporary))

@@ -22,6 +22,14 @@ PROOFS = {
     "merge_memory": "a 6 GB merge in bounded memory, at the speed of a copy",
     "memory": "the planned memory of a run against its peak",
     "quantized_quality": "NF4 and int8 storage against 16 bits, stories260K on gsm8k",
+    "gpu_compile": "every Triton kernel compiles for GPUs that are not here",
+    "gguf_converter": "GGUF files equal the official converter's, tensor for tensor, key for key",
+    "export_speed": "a 6 GB export as f16 in bounded memory, at the speed of a copy",
+    "ollama_template": "Modelfiles render what training saw, run by Go",
+    "quantise_mix": "quantised files are llama.cpp's own, byte for byte",
+    "quantise_speed": "quantising is no slower than llama.cpp's own",
+    "strict_logits": "our llama.cpp process gives llama-cpp-python's logits",
+    "hostile_gguf": "10,000 damaged GGUF files are read or refused",
     "defaults_sweep": "bare `tsugiki train` against a sweep of rates and epochs",
 }
 

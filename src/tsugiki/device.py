@@ -21,6 +21,7 @@ from tsugiki.errors import RunError, UsageError
 NARROW = 512
 # bf16 must win by this much in the probe before rounding is taken on.
 WORTHWHILE = 1.3
+TENSOR_CORES = (7, 0)  # compute capability; before, fp16 is no faster than fp32, often slower
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,9 @@ def _dtype(device: str, hidden_size: int, stored: str | None) -> tuple[str, str]
     if device.startswith("cuda"):
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16", f"native on this GPU{suffix}"
-        return "float32", f"this GPU has no native bf16{suffix}"
+        if torch.cuda.get_device_capability(device) >= TENSOR_CORES:
+            return "float16", f"this GPU has no native bf16: fp16 with a scaled loss{suffix}"
+        return "float32", f"this GPU has neither bf16 nor fast fp16{suffix}"
     ratio = bf16_speedup(device, hidden_size)
     if ratio >= WORTHWHILE:
         return "bfloat16", f"a probe ran {ratio:.1f}× faster in bf16 than in fp32{suffix}"

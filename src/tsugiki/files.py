@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -148,6 +149,71 @@ def sweep_temporary(folder: Path) -> list[Path]:
             left.unlink(missing_ok=True)
         removed.append(left)
     return removed
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """A temporary neighbour of `target` to write, that becomes it when the block ends well.
+
+    What killed writers of this file left is removed first. Fsynced before the rename.
+
+    Raises:
+        DiskError: disk full, no permission; nothing is left.
+        RunError: `target` exists.
+    """
+    if target.exists():
+        raise RunError(f"{target} exists already", fix="choose another --output, or remove it")
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sweep_left_over(target)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        with held(temporary):
+            yield temporary
+            handle = os.open(temporary, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            os.chmod(temporary, 0o644)
+            os.rename(temporary, target)
+        fsync_folder(target.parent)
+    except OSError as error:
+        raise as_disk_error(error, target) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """A lock on what is being written, freed by the kernel however the writer ends."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def sweep_left_over(target: Path) -> None:
+    """Remove what killed writers of `target` left beside it; one still at work is left alone."""
+    if not target.parent.is_dir():
+        return
+    for left in sorted(target.parent.glob(f".{glob.escape(target.name)}.*.tmp")):
+        handle = os.open(left, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tsugiki.kernels.backend import triton_runs
 from tsugiki.kernels.linear import FrozenWeight
 
 CHUNK = 40_000_000  # logits of one chunk: enough rows for a full-speed product
+GPU_CHUNK = 1 << 28  # the same on a GPU: 2,000 rows of the largest vocabularies, 512 MB
 CACHED = 1 << 17  # fp32 logits of one softmax block, a row at least
 
 
@@ -68,18 +70,13 @@ class _Chunked(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad = torch.empty_like(hidden) if needs else None
-        pieces = max(1, -(-rows * vocab // CHUNK))
+        on_cpu = hidden.device.type == "cpu"
+        pieces = max(1, -(-rows * vocab // (CHUNK if on_cpu else GPU_CHUNK)))
         size = max(1, -(-rows // pieces))
-        few = max(1, CACHED // vocab)
         for begin in range(0, rows, size):
             part = slice(begin, min(begin + size, rows))
             logits = head.weight.matmul(hidden[part])
-            wanted = targets[part]
-            for at in range(0, logits.shape[0], few):
-                block = logits[at : at + few].to(wide, copy=True)
-                total += _softmax_block(block, wanted[at : at + few], head, needs)
-                if needs:
-                    logits[at : at + few] = block.mul_(factor)
+            total += _softmax(logits, targets[part], head, factor, needs)
             if grad is not None:
                 grad[part] = head.weight.matmul_t(logits)
             del logits  # or two chunks would be held while the next one is computed
@@ -92,6 +89,23 @@ class _Chunked(torch.autograd.Function):
         (grad,) = ctx.saved_tensors
         # in fp32: a factor rounded to bf16 would bend every gradient alike
         return (grad.to(grads[0].dtype) * grads[0]).to(grad.dtype), None, None, None, None
+
+
+def _softmax(logits: Tensor, targets: Tensor, head: Head, factor: float, needs: bool) -> Tensor:
+    """Sum of −log p(target); with `needs`, logits (n, V) become factor · d loss / d (W·h)."""
+    if triton_runs(logits, "loss"):
+        from tsugiki.kernels.gpu.loss import softmax_rows
+
+        return softmax_rows(logits, targets, head.scale, head.softcap, factor, needs).sum()
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    total = torch.zeros((), dtype=wide, device=logits.device)
+    few = max(1, (CACHED if logits.device.type == "cpu" else GPU_CHUNK // 4) // logits.shape[1])
+    for at in range(0, logits.shape[0], few):
+        block = logits[at : at + few].to(wide, copy=True)
+        total += _softmax_block(block, targets[at : at + few], head, needs)
+        if needs:
+            logits[at : at + few] = block.mul_(factor)
+    return total
 
 
 def _softmax_block(x: Tensor, targets: Tensor, head: Head, needs: bool) -> Tensor:

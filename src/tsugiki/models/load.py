@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tsugiki.errors import ModelError
+from tsugiki.kernels.backend import describe
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.models.fingerprint import Fingerprint, fingerprint_folder, weight_files
 from tsugiki.models.flat import flat_forward, solo_forward, use_flat_attention, use_own_attention
@@ -88,7 +89,10 @@ class Base:
         """Replace modules by proven faster ones, adapters being attached; what was done."""
         if self.tuned is None:
             self.tuned = tune(self.model) if self.flat else Tuned()
-        return self.tuned.note
+        if self.device.type != "cuda":
+            return self.tuned.note
+        table = self.model.get_input_embeddings()  # type: ignore[operator]
+        return f"{self.tuned.note}; {describe(self.device, table.weight.dtype)}"
 
     def forward(self, ids: Tensor, batch: ForwardBatch, logits_at: Tensor | None = None) -> Tensor:
         """Logits (1, n, V) of sequences laid end to end; flat where the model allows it."""

@@ -36,6 +36,7 @@ from tsugiki.training.events import (
     Event,
     Finished,
     Logged,
+    Noted,
     Resumed,
     Sampled,
     Saved,
@@ -45,6 +46,7 @@ from tsugiki.training.keeping import base_identity, keep_state, report, run_iden
 from tsugiki.training.objective import held_out_loss, summed_loss
 from tsugiki.training.ranks import ranks
 from tsugiki.training.samples import answer_all, choose_prompts
+from tsugiki.training.scaling import needs_scaling
 from tsugiki.training.schedule import learning_rate
 from tsugiki.training.signals import Signals, Stopped
 from tsugiki.training.state import Progress, pack, unpack
@@ -95,7 +97,7 @@ def train(
         if settings.method == "lora":
             generator = torch.Generator().manual_seed(settings.seed)
             attach(model, config.lora, generator=generator)
-            yield Advice(base.make_fast())
+            yield Noted(base.make_fast())
         else:
             model.requires_grad_(True)
         if settings.gradient_checkpointing == "always":
@@ -134,6 +136,8 @@ def train(
         began, tokens_before = time.monotonic(), progress.tokens
         seconds_before = progress.seconds
         saved = (progress.step, progress.evaluated, progress.sampled) if progress.step else None
+        scaling = progress.scaling if needs_scaling(model) else None
+        skipped_before = progress.scaling.skipped
         watch = Watch(total_steps)
         prompts = choose_prompts(settings.sample_prompt, prepared, base.tokenizer)
 
@@ -235,10 +239,18 @@ def train(
                 done = optimiser_step(
                     step, data.passes, loss_of, trained, optimizer, rate=rate, ranks=among,
                     max_grad_norm=settings.max_grad_norm,
-                    all_norms=settings.show_grad_norms and logs,
+                    all_norms=settings.show_grad_norms and logs, scaling=scaling,
                 )  # fmt: skip
                 progress.step = step
                 progress.tokens += data.tokens
+                if done.skipped:
+                    write(metrics.METRICS, "skipped", loss_scale=progress.scaling.value)
+                    if progress.scaling.skipped == skipped_before + 1:
+                        yield Advice(
+                            f"step {step} overflowed in float16 and was skipped; a few at the "
+                            "start are normal: the loss is scaled by less until none does"
+                        )
+                    continue
                 progress.last_loss = done.loss
                 progress.log_loss += done.loss * done.labels
                 progress.log_labels += done.labels
@@ -256,6 +268,7 @@ def train(
                         metrics.METRICS, "train", epoch=data.epoch, loss=mean, lr=rate,
                         grad_norm=done.norm, tokens_per_second=speed, memory_bytes=memory,
                         **({} if done.norms is None else {"grad_norms": done.norms}),
+                        **({} if scaling is None else {"loss_scale": scaling.value}),
                     )  # fmt: skip
                     yield Logged(
                         step, total_steps, data.epoch, mean, rate, done.norm, speed, memory, eta,
@@ -268,6 +281,11 @@ def train(
             if not prepared.held_out:
                 progress.best_step = progress.step
                 keep()
+            if progress.scaling.skipped:
+                yield Advice(
+                    f"{progress.scaling.skipped} of {progress.step} steps overflowed in float16 "
+                    "and were skipped"
+                )
             if progress.first_held_out is not None and progress.best_step == 0:
                 yield Advice(
                     "training never improved the held-out loss: the kept state is the start"

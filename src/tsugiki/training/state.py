@@ -6,7 +6,7 @@ decide what is best. Knows no files.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tsugiki.data.loader import Loader
 from tsugiki.training.ranks import Ranks
+from tsugiki.training.scaling import LossScale
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Progress:
     """Counters of a run. Losses are nats per labelled token; log_* since the last log line.
 
     evaluated, sampled: the last step whose held-out loss or samples were done.
+    scaling: of the loss, used in float16 only.
     """
 
     step: int = 0
@@ -36,6 +38,7 @@ class Progress:
     last_loss: float | None = None
     log_loss: float = 0.0
     log_labels: int = 0
+    scaling: LossScale = field(default_factory=LossScale)
 
 
 def pack(
@@ -89,4 +92,6 @@ def unpack(
     if device.startswith("cuda"):
         torch.cuda.set_rng_state(tensors[f"rng.cuda.{ranks.rank}"], device)
     loader.load_state_dict(state["loader"])
-    return Progress(**state["progress"])
+    counters = dict(state["progress"])
+    scaling = LossScale(**counters.pop("scaling", {}))  # older checkpoints have none
+    return Progress(**counters, scaling=scaling)
