@@ -1,4 +1,4 @@
-"""The verbs `tsugiki generate` and `tsugiki chat`: their flags. Knows nothing of how answers come."""
+"""The verbs `tsugiki generate` and `tsugiki chat`: their flags. Knows nothing of the answers."""
 
 from __future__ import annotations
 
