@@ -92,13 +92,6 @@ def test_the_adapter_knows_its_base_and_its_bits(
         open_voices(Who(adapters=(str(place / "four"),), quantize="4bit"), Terminal(), place)
 
 
-def test_merging_takes_the_16_bit_base(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    merged = merge_adapter(place / "four", place / "merged", Terminal())
-    said = " ".join(capsys.readouterr().out.split())
-    assert "trained on this base in nf4; merged into the 16-bit weights" in said
-    assert merged.changed == 21
-
-
 def test_an_adapter_of_a_quantised_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Trained on the folder, it belongs to the 16-bit base, and finds the folder again."""
     quantize_base(str(place / "model"), place / "small", "nf4", "float32", as_json=True)

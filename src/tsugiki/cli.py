@@ -15,6 +15,7 @@ import typer
 
 from tsugiki import __version__, supervise
 from tsugiki.config import RunConfig, build_config, read_yaml
+from tsugiki.doctor import doctor
 from tsugiki.errors import TsugikiError, UsageError
 from tsugiki.export_verb import export
 from tsugiki.flags import with_config_flags
@@ -128,6 +129,9 @@ def merge(
     model: Model = None,
     untie: Annotated[bool, typer.Option("--untie", help="write a tied head apart")] = False,
     accept_base: Accept = False,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="rows that choose the base of a QLoRA adapter")
+    ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="leave the proof out")] = False,
     as_json: Json = False,
 ) -> None:
@@ -136,7 +140,7 @@ def merge(
 
     terminal = Terminal(as_json=as_json)
     how: dict[str, Any] = {"model": model, "dtype": dtype, "accept_base": accept_base}
-    merged = merge_adapter(adapter, output, terminal, untie=untie, **how)
+    merged = merge_adapter(adapter, output, terminal, untie=untie, eval_data=eval_data, **how)
     if not no_verify and not verify_pair(str(adapter), str(merged.folder), terminal, **how):
         raise typer.Exit(1)
 
@@ -231,6 +235,7 @@ def presets(as_json: Json = False) -> None:
 
 
 app.command("quantize-base")(quantize_base)
+app.command("doctor")(doctor)
 
 
 def _supervised(work: Any, as_json: bool) -> None:

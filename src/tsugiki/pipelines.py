@@ -146,24 +146,36 @@ def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) 
     else:
         decisions = decide(config.model.device, config.model.dtype, hidden_size=spec.hidden_size)
     decisions.apply()
-    rows = _read(config)
-    held_out = _read_eval(config)
-    prepared = prepare(
-        rows,
-        chat,
-        max_length=config.data.max_length or spec.context,
-        long=config.data.long,
-        train_on=config.data.train_on,
-        eval_rows=held_out,
-        eval_ratio=config.data.eval_ratio,
-        seed=config.train.seed,
-        strict=config.data.strict,
-    )
+    rows, prepared = prepare_rows(config, chat, spec.context)
     show_rows(rows, prepared, tokenizer, terminal)
     trainable = count_trainable(config, spec)
     stored = config.model_copy(update=absolute_paths(config))
     plan = make_plan(stored, spec, facts_of(prepared), decisions, trainable=trainable)
     return Session(resolved, tokenizer, chat, spec, prepared, decisions, plan)
+
+
+def prepare_rows(config: RunConfig, chat: ChatFormat, context: int) -> tuple[Rows, Prepared]:
+    """The rows that a run trains on and holds out.
+
+    Args:
+        context: tokens that the base can see.
+
+    Raises:
+        DataError: a file that cannot be read, or nothing to train on.
+    """
+    rows = _read(config)
+    prepared = prepare(
+        rows,
+        chat,
+        max_length=config.data.max_length or context,
+        long=config.data.long,
+        train_on=config.data.train_on,
+        eval_rows=_read_eval(config),
+        eval_ratio=config.data.eval_ratio,
+        seed=config.train.seed,
+        strict=config.data.strict,
+    )
+    return rows, prepared
 
 
 def absolute_paths(config: RunConfig) -> dict[str, Section]:

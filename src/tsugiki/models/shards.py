@@ -12,7 +12,7 @@ import hashlib
 import json
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,12 +138,18 @@ def shard_files(folder: Path) -> list[Path]:
 
 @dataclass
 class StoredModel:
-    """A model folder: config.json as it is, and every tensor by its disk name."""
+    """A model folder: config.json as it is, and every tensor by its disk name.
+
+    through: what is done to a tensor's numbers when they are read (models/kept.py); shape and type
+    stay. kept: how the projections are then seen: none (as they are), nf4 or int8.
+    """
 
     folder: Path
     config: dict[str, Any]
     shards: tuple[Shard, ...]
     tensors: dict[str, Stored]
+    through: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict, repr=False)
+    kept: str = "none"
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
 
     @property
@@ -164,12 +170,15 @@ class StoredModel:
         return self.config.get(name)
 
     def bytes_of(self, stored: Stored) -> memoryview:
-        """The stored bytes, read from the mapped file."""
+        """A tensor's bytes, read from the mapped file."""
+        if stored.name in self.through:
+            return as_bytes(self.tensor(stored.name))
         return memoryview(self._map(stored.file))[stored.begin : stored.end]
 
     def tensor(self, name: str) -> Tensor:
-        """A view on the mapped file; never write to it."""
-        return view(self._map(self.tensors[name].file), self.tensors[name])
+        """A view on the mapped file where nothing is done to it; never write to it."""
+        found = view(self._map(self.tensors[name].file), self.tensors[name])
+        return self.through[name](found) if name in self.through else found
 
     def release(self, name: str) -> None:
         """Let go of the memory that reading a tensor brought in; its views stay right."""
