@@ -74,6 +74,28 @@ def test_json_and_dry_run(place: Path) -> None:
     assert not (place / "runs").exists()
 
 
+def test_the_qlora_preset_and_what_becomes_of_it(place: Path) -> None:
+    given = ["train", "rows.jsonl", "--model", "model", "--preset", "qlora", "--max-length", "128"]
+    done = run(place, *given, "--device", "cpu", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    (plan,) = (
+        said for line in done.stdout.splitlines() if (said := json.loads(line))["kind"] == "plan"
+    )
+    config = plan["config"]
+    assert config["model"]["quantize"] == "nf4"
+    assert config["data"]["max_length"] == 128, "a flag over the preset"
+    assert (config["lora"]["r"], config["lora"]["alpha"], config["lora"]["dropout"]) == (
+        16,
+        32,
+        0.05,
+    )
+    train = config["train"]
+    assert (train["learning_rate"], train["epochs"]) == (2e-4, 3)
+    assert (train["batch_size"], train["gradient_accumulation_steps"]) == (4, 4)
+    assert train["optimizer"] == "adamw"
+    assert "paged_adamw_8bit needs CUDA" in plan["reasons"]["train.optimizer"]
+
+
 def test_only_file_in_data_is_taken(place: Path) -> None:
     (place / "solo" / "data").mkdir(parents=True)
     (place / "solo" / "data" / "mine.jsonl").write_text((place / "rows.jsonl").read_text())
@@ -99,6 +121,8 @@ BAD = {
     "no run": (["train", "--resume", "runs/none"], "there is no run folder"),
     "exists": (["train", "rows.jsonl", "--model", "model", "--output", "model"], "exists already"),
     "suffix": (["train", "model/config.yml", "--model", "model"], "no file"),
+    "memory": (["train", "rows.jsonl", "--model", "model", "--max-memory", "50MB"], "--lora-r 8"),
+    "no size": (["train", "rows.jsonl", "--max-memory", "lots"], "--max-memory"),
     "adapter": (["generate", "--adapter", "model", "hi"], "there is no adapter in model"),
     "data": (["data", "check", "empty.jsonl", "--model", "model"], "is empty"),
 }
