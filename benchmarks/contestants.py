@@ -22,6 +22,7 @@ from tsugiki.config import LoraConfig
 from tsugiki.data.chat import Example
 from tsugiki.device import keep_pages
 from tsugiki.models.flat import flat_loss, use_flat_attention
+from tsugiki.models.quantized import quantize_modules
 from tsugiki.models.tune import tune
 from tsugiki.training.objective import flatten
 from tsugiki.training.ranks import ranks
@@ -88,7 +89,9 @@ def ours(
     scaling: LossScale | None = None,
 ) -> tuple[Step, str]:
     """A step as `tsugiki train` makes it; scaling: for float16."""
-    dropout = 0.0 if name != "ours" else clockwork.DROPOUT
+    dropout = clockwork.DROPOUT if name in ("ours", "ours-nf4") else 0.0
+    if name == "ours-nf4":
+        quantize_modules(model, "nf4")
     config = LoraConfig(r=RANK, alpha=ALPHA, dropout=dropout, targets=list(shape.targets))
     attach(model, config, generator=torch.Generator().manual_seed(0))
     use_flat_attention(model)

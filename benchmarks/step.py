@@ -26,12 +26,15 @@ from benchmarks import record
 from benchmarks.shapes import SHAPES
 
 ROOT = Path(__file__).parent.parent
-CONTESTANTS = ("ours", "ours-dry", "ours-plain", "peft", "peft-dry", "peft-tuned", "peft-fp32")
+CONTESTANTS = (
+    "ours", "ours-dry", "ours-plain", "ours-nf4", "peft", "peft-dry", "peft-tuned", "peft-fp32",
+)  # fmt: skip
 DROPOUT = 0.05
 DESCRIPTIONS = {
     "ours": f"tsugiki, bf16, dropout {DROPOUT}",
     "ours-dry": "tsugiki, bf16, dropout 0",
     "ours-plain": "tsugiki without replaced modules, bf16, dropout 0",
+    "ours-nf4": f"tsugiki on an NF4 base, dropout {DROPOUT}",
     "peft": f"PEFT as a user gets it: bf16 base, fp32 adapters, dropout {DROPOUT}",
     "peft-dry": "the same with dropout 0",
     "peft-tuned": "PEFT tuned: bf16 adapters, dropout 0, pages kept, layers compiled",
@@ -45,7 +48,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
-    parser.add_argument("--against", default="peft,peft-tuned,floor", help="peers, by commas")
+    parser.add_argument(
+        "--against", default="ours-nf4,peft,peft-tuned,floor", help="peers, by commas"
+    )
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--vocab", type=int, help="a smaller vocabulary")
     parser.add_argument("--rows", type=int, default=2)
@@ -191,6 +196,8 @@ def summarise(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace
         if not name.startswith("ours"):
             ours = "ours-dry" if name in ("peft-tuned", "peft-dry") else "ours"
             ratios[f"{name}/ours"] = rows[name]["step"] / rows[ours]["step"]
+    if "ours-nf4" in rows:
+        ratios["ours-nf4/ours"] = rows["ours-nf4"]["step"] / rows["ours"]["step"]
     ratios["dropout/dry"] = rows["ours"]["step"] / rows["ours-dry"]["step"]
     if "peft" in rows:
         ratios["rss ours/peft"] = rows["ours"]["peak_rss"] / rows["peft"]["peak_rss"]
