@@ -46,8 +46,10 @@ def merge(place: Path, output: str, **more: Any) -> tuple[Path, dict[str, Any]]:
         def say(self, kind: str, show: Any, **data: Any) -> None:
             said.append({"kind": kind, **data})
 
-    merge_adapter(place / "four", place / output, Listening(), **more)
-    return place / output, next(one for one in said if one["kind"] == "merge_base")
+    merged = merge_adapter(place / "four", place / output, Listening(), **more)
+    found = next(one for one in said if one["kind"] == "merge_base")
+    assert merged.changed == (6 if found["taken"] == "none" else 21)
+    return place / output, found
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])

@@ -125,9 +125,13 @@ def _all_of(path: Path, config: RunConfig, chat: ChatFormat, context: int) -> Se
         prompt_template=config.data.prompt_template,
         answer_template=config.data.answer_template,
     )
-    longest = config.data.max_length or context
     return prepare(
-        found, chat, max_length=longest, long="split", train_on=config.data.train_on, eval_ratio=0
+        found,
+        chat,
+        max_length=config.data.max_length or context,
+        long=config.data.long,
+        train_on=config.data.train_on,
+        eval_ratio=0,
     ).train
 
 

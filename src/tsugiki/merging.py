@@ -176,7 +176,8 @@ def write_merged(plan: MergePlan, output: Path) -> Merged:
         _write_config(plan, temporary / "config.json")
         _write_chat(plan, temporary)
         _write_record(plan, temporary, digests)
-    return Merged(output, len(plan.changes.by_name), count, total)
+    changed = {*plan.changes.by_name, *plan.base.through}
+    return Merged(output, len(changed), count, total)
 
 
 def _layout(plan: MergePlan, shard: Shard) -> list[Stored]:
