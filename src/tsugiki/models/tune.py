@@ -23,6 +23,7 @@ from tsugiki.kernels.loss import Head
 from tsugiki.models.closeness import compare
 from tsugiki.models.flat import NAME, flat_forward
 from tsugiki.models.head import output_of, prove_head
+from tsugiki.models.quantized import dense_copy
 from tsugiki.models.tuned import (
     AttentionShape,
     Replacement,
@@ -270,10 +271,11 @@ def prove(module: nn.Module, build: Build, hidden: Tensor, kwargs: dict[str, Any
             drawn = torch.randn(b.shape, generator=generator) * SPREAD
             b.data.copy_(drawn)
     wide = torch.float64 if hidden.dtype == torch.float32 else torch.float32
-    exact = copy.deepcopy(own).to(wide)
+    # weights in few bits are judged against plain products of their unpacked numbers
+    exact, original = dense_copy(own).to(wide), dense_copy(own)
     try:
         expected = _numbers(exact, hidden, kwargs, wide)
-        plain = _numbers(own, hidden, kwargs, hidden.dtype)
+        plain = _numbers(original, hidden, kwargs, hidden.dtype)
         ours = _numbers(build(own), hidden, kwargs, hidden.dtype)
     except Exception as error:  # whatever a foreign module raises means: keep it
         return f"cannot be tried: {str(error).strip().splitlines()[0][:120]}"
