@@ -6,6 +6,7 @@ a user wants to read between them; each stage's work is in its own room.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from tsugiki.data.dataset import Prepared, prepare
 from tsugiki.data.formats import Rows, read_rows
 from tsugiki.data.report import counts_table, show
 from tsugiki.device import Decisions, decide
-from tsugiki.errors import DataError, MemoryLimitError
+from tsugiki.errors import DataError, MemoryLimitError, UsageError
 from tsugiki.files import human_bytes, read_json, require_space
 from tsugiki.models.load import Base, ResolvedModel, load_base, load_tokenizer, resolve_model
 from tsugiki.models.spec import ModelSpec
@@ -116,10 +117,20 @@ def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) 
     check_context(config.data.max_length, spec)
     tokenizer = load_tokenizer(resolved, trust_remote_code=config.model.trust_remote_code)
     chat = ChatFormat.of(tokenizer, config.data.template)
+    asked = config.model
+    if asked.compute == "int8" and config.train.method == "full":
+        raise UsageError("--compute int8 is for a frozen base", fix="--method lora")
     if resume is not None and (resume / "decisions.json").exists():
         decisions = Decisions.from_json(read_json(resume / "decisions.json"))
+        if asked.compute == "bf16":  # the way out of a run whose int8 gradients were refused
+            decisions = dataclasses.replace(decisions, compute="bf16")
     else:
-        decisions = decide(config.model.device, config.model.dtype, hidden_size=spec.hidden_size)
+        decisions = decide(
+            asked.device, asked.dtype, hidden_size=spec.hidden_size, compute=asked.compute
+        )
+    if asked.compute != decisions.compute:
+        why = decisions.reasons.get("compute", "a run keeps the products that it began with")
+        terminal.warn(f"--compute {asked.compute}: {why}")
     decisions.apply()
     rows = _read(config)
     held_out = _read_eval(config)
@@ -268,6 +279,8 @@ def show_plan(session: Session, terminal: Terminal) -> None:
     for name in ("device", "dtype", "threads"):
         reason = session.decisions.reasons.get(name, "")
         table.add_row(name, str(getattr(session.decisions, name)), reason)
+    if session.decisions.compute == "int8":
+        table.add_row("compute", "int8", session.decisions.reasons["compute"])
     for name, value in values.items():
         if value is not None and name != "train.sample_prompt":
             table.add_row(name.split(".")[1], str(value), plan.reasons.get(name, ""))

@@ -22,6 +22,7 @@ from tsugiki.models.spec import ModelSpec
 PROCESS_BYTES = 450 << 20
 # Rows of one forward pass stop growing here: beyond it a CPU gains nothing.
 PASS_TOKENS = 4096
+INT8_SCRATCH = 64 << 20
 ADAM_BYTES = 16  # fp32 master, gradient and two moments of one trained parameter
 
 
@@ -229,9 +230,11 @@ def predict_memory(
     k, kv, m = spec.hidden_size, spec.kv_heads * spec.head_dim, spec.intermediate_size
     per_token = width * (12 * k + 6 * kv + 6 * m) + 4 * 4 * k
     full = config.train.method == "full"
+    codes = {"int8 codes": spec.parameters + INT8_SCRATCH} if decisions.compute == "int8" else {}
     return {
         "process": PROCESS_BYTES,
         "weights": spec.parameters * (4 if full else width),
+        **codes,
         "trained": trainable * (ADAM_BYTES - 4 if full else ADAM_BYTES),
         "activations": int(tokens * spec.layers * per_token),
         "head": min(tokens, 1024) * spec.vocab_size * 12,

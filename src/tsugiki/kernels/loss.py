@@ -75,13 +75,16 @@ class _Chunked(torch.autograd.Function):
             part = slice(begin, min(begin + size, rows))
             logits = head.weight.matmul(hidden[part])
             wanted = targets[part]
+            own = torch.empty(len(wanted), 1, dtype=wide, device=hidden.device) if needs else None
             for at in range(0, logits.shape[0], few):
                 block = logits[at : at + few].to(wide, copy=True)
-                total += _softmax_block(block, wanted[at : at + few], head, needs)
+                entry = None if own is None else own[at : at + few]
+                total += _softmax_block(block, wanted[at : at + few], head, entry)
                 if needs:
                     logits[at : at + few] = block.mul_(factor)
-            if grad is not None:
-                grad[part] = head.weight.matmul_t(logits)
+            if grad is not None and own is not None:
+                others = head.weight.matmul_t(logits).to(wide)
+                grad[part] = others.addcmul_(head.weight.rows(wanted).to(wide), own.mul_(factor))
         if grad is not None:
             ctx.save_for_backward(grad)
         return total * factor
@@ -93,17 +96,19 @@ class _Chunked(torch.autograd.Function):
         return (grad.to(grads[0].dtype) * grads[0]).to(grad.dtype), None, None, None, None
 
 
-def _softmax_block(x: Tensor, targets: Tensor, head: Head, needs: bool) -> Tensor:
-    """Sum of −log p(target); with `needs`, x (n, V) becomes d loss / d (W·h) in place.
+def _softmax_block(x: Tensor, targets: Tensor, head: Head, own: Tensor | None) -> Tensor:
+    """Sum of −log p(target); with `own`, x (n, V) becomes d loss / d (W·h) in place.
 
-    Wide, because of the target's entry p − 1: rounded before the subtraction, p near one loses it.
+    The target's entry goes to `own` (n, 1) and is zero in x: it outweighs all others together, and
+    would leave them no digits in a narrow type. Wide, because it is p − 1: rounded before the
+    subtraction, p near one loses it.
     """
     if head.scale != 1.0:
         x.mul_(head.scale)
     slope = None
     if head.softcap is not None:
         x.div_(head.softcap).tanh_()
-        if needs:
+        if own is not None:
             slope = 1 - x.square()  # d softcap·tanh(x / softcap) / dx
         x.mul_(head.softcap)
     index = targets[:, None]
@@ -112,10 +117,12 @@ def _softmax_block(x: Tensor, targets: Tensor, head: Head, needs: bool) -> Tenso
     # one pass over the row; its largest probability is 1 / sum of exp(x - best)
     torch.ops.aten._softmax.out(x, -1, False, out=x)
     loss = -(x.amax(dim=-1, keepdim=True).log() + picked).sum()
-    if needs:
+    if own is not None:
         x.scatter_add_(1, index, torch.full_like(picked, -1.0))
         if slope is not None:
             x.mul_(slope)
         if head.scale != 1.0:
             x.mul_(head.scale)
+        own.copy_(x.gather(1, index))
+        x.scatter_(1, index, 0.0)
     return loss
