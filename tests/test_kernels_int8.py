@@ -76,7 +76,8 @@ def test_conv1d_is_read_through_the_same_door() -> None:
     source = DenseWeight(torch.randn(48, 80) / 7, torch.randn(80), transposed=True)
     x = torch.randn(9, 48)
     assert error(in_int8(source).matmul(x), source.matmul(x)) < 0.015
-    assert error(in_int8(source).matmul_t(x @ torch.randn(48, 80)), x) > 0, "runs"
+    g = torch.randn(9, 80)
+    assert error(in_int8(source).matmul_t(g), source.matmul_t(g)) < 0.015
 
 
 def planted(size: float) -> Tensor:
@@ -85,7 +86,7 @@ def planted(size: float) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("size", [60.0, 1000.0, 1e6])
+@pytest.mark.parametrize("size", [60.0, 1000.0])
 def test_planted_outliers_go_apart(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is lost without it is all but the outliers' own part."""
     torch.manual_seed(1)
@@ -110,7 +111,7 @@ def test_planted_outliers_go_apart(size: float, monkeypatch: pytest.MonkeyPatch)
     assert set(codes.apart.columns.tolist()) == {5, 300}
     assert float(codes.codes[:, [5, 300]][codes.apart.rows].abs().max()) == 0
     # a share of rows has small draws in these columns: they stay in, and cost little
-    assert rest(in_int8(source).matmul(x)) < max(0.03, 2e-6 * size)
+    assert rest(in_int8(source).matmul(x)) < 0.03
     monkeypatch.setattr(int8, "OUTLIER", math.inf)
     assert rest(in_int8(source).matmul(x)) > 0.1
 

@@ -280,7 +280,7 @@ def show_plan(session: Session, terminal: Terminal) -> None:
         reason = session.decisions.reasons.get(name, "")
         table.add_row(name, str(getattr(session.decisions, name)), reason)
     if session.decisions.compute == "int8":
-        table.add_row("compute", "int8", session.decisions.reasons["compute"])
+        table.add_row("compute", "int8", session.decisions.reasons.get("compute", ""))
     for name, value in values.items():
         if value is not None and name != "train.sample_prompt":
             table.add_row(name.split(".")[1], str(value), plan.reasons.get(name, ""))
