@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -127,6 +128,44 @@ def test_outliers_of_gradients_go_apart() -> None:
     assert error(in_int8(source).matmul_t(g)[::2], exact.matmul_t(quiet)) < 0.02
 
 
+def test_a_softmaxs_small_entries_do_not_vanish() -> None:
+    """Of a thousand alike rows the mean keeps what rounding to the nearest makes zero in each."""
+    torch.manual_seed(8)
+    codes = torch.randint(-127, 128, (200, 48)).float()
+    codes[:, 0] = 127  # so that all scales are one
+    plain = in_int8(DenseWeight(codes))
+    row = torch.full((200,), 0.3 / 127)  # one entry is no outlier among so few
+    row[17] = 1.0
+    exact = row.double() @ codes.double() - codes[17]
+
+    def lost(weight: Int8Weight) -> float:
+        """Of what the small entries give in the mean over the rows."""
+        mean = weight.matmul_t(row.expand(1000, 200).contiguous()).double().mean(0)
+        return error(mean - codes[17], exact)
+
+    assert lost(plain) > 0.99
+    assert lost(dataclasses.replace(plain, dither=True)) < 0.2
+
+
+def test_chance_never_leaves_the_codes() -> None:
+    """127 stays 127, in any row, and the same entries get the same codes again."""
+    x = torch.ones(700, 900)
+    x[::2] *= -1
+    once = quantise(x, Scratch(), dither=True)
+    assert torch.equal(once.codes, (127 * x).to(torch.int8))
+    noisy = torch.randn(64, 900)
+    twice = [quantise(noisy, Scratch(), dither=True).codes.clone() for _ in range(2)]
+    assert torch.equal(twice[0], twice[1])
+    wide = torch.randn(2, int8.NOISE)
+    assert (
+        error(
+            quantise(wide, Scratch(), dither=True).codes * 1.0,
+            wide * 127 / wide.abs().amax(1, keepdim=True),
+        )
+        < 0.05
+    )
+
+
 def test_a_normal_row_has_no_outliers() -> None:
     torch.manual_seed(3)
     assert quantise(torch.randn(500, 900), Scratch()).apart is None
@@ -172,7 +211,9 @@ def test_a_weight_that_is_not_finite_is_refused() -> None:
 def test_an_input_is_quantised_once_for_its_projections(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     own: Callable[..., object] = int8.quantise
-    monkeypatch.setattr(int8, "quantise", lambda *given: calls.append(1) or own(*given))
+    monkeypatch.setattr(
+        int8, "quantise", lambda *given, **more: calls.append(1) or own(*given, **more)
+    )
     scratch = Scratch()
     weights = [Int8Weight.of(dense(8, 16), scratch) for _ in range(3)]
     x = torch.randn(5, 16)

@@ -144,13 +144,15 @@ def test_judging() -> None:
 
 def test_few_passes_are_the_first_and_short() -> None:
     rows = tuple(Example((1,) * n, (1,) * n, str(n)) for n in (600, 500, 400, 1400, 30, 20))
-    passes = few_passes(Loader(rows, micro_batch=2, accumulation=1, seed=0))
+    whole = few_passes(Loader(rows, micro_batch=2, accumulation=1, seed=0), 1 << 20)
+    assert {len(one) for one in whole} == {2}, "a small base takes them as they are"
+    passes = few_passes(Loader(rows, micro_batch=2, accumulation=1, seed=0), 1 << 40)
     assert len(passes) == gradients.BATCHES
     for one in passes:
         assert len(one) == 1 or sum(len(e.ids) for e in one) <= gradients.TOKENS
     silent = Example((1, 2), (-100, -100), "nothing to learn")
     one = Example((1, 2), (1, 2), "one")
-    passes = few_passes(Loader((silent, one), micro_batch=1, accumulation=1, seed=0))
+    passes = few_passes(Loader((silent, one), micro_batch=1, accumulation=1, seed=0), 1)
     assert passes
     assert all(examples == [one] for examples in passes)
 

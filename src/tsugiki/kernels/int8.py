@@ -4,7 +4,9 @@ Each row of the input gets a scale as it comes, each row of the weight has one; 
 are exact integers. Entries too large for the rest of their row are multiplied apart, in the
 input's own type, with whole columns (LLM.int8(): Dettmers et al. 2022, arXiv:2208.07339). One set
 of codes serves both directions: for the way back the weight's scales are put into the gradient
-before it is rounded, so that no second, transposed copy is needed. Knows no model.
+before it is rounded, so that no second, transposed copy is needed. A softmax's gradient is rounded
+up or down by chance: its many small entries have one sign, and rounded to the nearest, which is
+zero, they bend the sum over all rows. Knows no model.
 
 Shapes: T rows of an input, weight (out, in), K the dimension that is summed over.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -34,6 +37,7 @@ PRODUCTS = 1 << 23  # int32 products in memory at a time: 32 MB
 TALLEST = 2048  # rows of one product: so that it is wide enough to use the weight well
 GROUP = 1 << 14  # K with one scale a row; the head's gradient has a few large entries in 150,000
 DEEPEST = 1 << 17  # K whose sum of products of two codes fits in int32
+NOISE = 1 << 20  # entries of the table that chance comes from
 _TINY = 1e-30  # scale of a row of zeros
 
 
@@ -80,8 +84,13 @@ class Scratch:
         self._last = None
 
 
-def quantise(x: Tensor, scratch: Scratch, fold: Tensor | None = None) -> Quantised:
-    """x (T, K), each column times fold (K,) first: codes, scales, and which entries go apart."""
+def quantise(
+    x: Tensor, scratch: Scratch, fold: Tensor | None = None, *, dither: bool = False
+) -> Quantised:
+    """x (T, K), each column times fold (K,) first: codes, scales, and which entries go apart.
+
+    dither: the mean of an entry's code is the entry, and not the code that is nearest.
+    """
     scratch.forget()
     count, width = x.shape
     codes = scratch.take("codes", (count, width), x, torch.int8)
@@ -92,15 +101,15 @@ def quantise(x: Tensor, scratch: Scratch, fold: Tensor | None = None) -> Quantis
         peak = _peak(block)
         torch.div(peak, _root_mean_square(block), out=ratio[rows])
         torch.mul(peak, 1 / LEVELS, out=scale[rows])
-        codes[rows] = block.mul_(scale[rows].reciprocal()).round_()
+        codes[rows] = _rounded(block, scale[rows], rows.start, dither)
     over = (ratio.view(-1) > OUTLIER).nonzero().view(-1)
     if not len(over):
         return Quantised(codes, scale, None)
-    return Quantised(codes, scale, _set_apart(x, over, fold, codes, scale))
+    return Quantised(codes, scale, _set_apart(x, over, fold, codes, scale, dither))
 
 
 def _set_apart(
-    x: Tensor, rows: Tensor, fold: Tensor | None, codes: Tensor, scale: Tensor
+    x: Tensor, rows: Tensor, fold: Tensor | None, codes: Tensor, scale: Tensor, dither: bool
 ) -> Apart | None:
     """Quantise these rows again without the columns in which one of them has an outlier."""
     block = x.index_select(0, rows).float()
@@ -119,7 +128,7 @@ def _set_apart(
     if not len(columns):
         return None
     level = _peak(block).mul_(1 / LEVELS)
-    codes[rows] = block.mul_(level.reciprocal()).round_().to(torch.int8)
+    codes[rows] = _rounded(block, level, len(rows), dither).to(torch.int8)
     scale[rows] = level
     return Apart(rows, columns)
 
@@ -130,6 +139,7 @@ class Int8Weight:
 
     packed: (out, in) int8. scales: (out,) fp32. bias: (out,) fp32 or None.
     forward: False: only the way back is int8.
+    dither: on the way back; see `quantise`.
     """
 
     source: FrozenWeight
@@ -138,6 +148,7 @@ class Int8Weight:
     bias: Tensor | None
     scratch: Scratch
     forward: bool = True
+    dither: bool = False
 
     @classmethod
     def of(cls, source: FrozenWeight, scratch: Scratch) -> Int8Weight:
@@ -198,7 +209,7 @@ class Int8Weight:
                 total = self.scratch.take("total", (len(flat), width), g, torch.float32).zero_()
             for group in groups:
                 part = flat[:, group]
-                codes = quantise(part, self.scratch, self.scales[group])
+                codes = quantise(part, self.scratch, self.scales[group], dither=self.dither)
                 fresh = onto is None and total is x
                 self._add_back(codes, self.packed[group], total, fresh)
                 if codes.apart is not None:
@@ -262,6 +273,26 @@ def _wide(x: Tensor, fold: Tensor | None, scratch: Scratch) -> Tensor:
     """x (t, K) in fp32, times fold (K,), in the scratch."""
     block = scratch.take("cells", (x.shape[0], x.shape[1]), x, torch.float32).copy_(x)
     return block if fold is None else block.mul_(fold)
+
+
+def _rounded(block: Tensor, scale: Tensor, number: int, dither: bool) -> Tensor:
+    """block (t, K) over scale (t, 1) in whole numbers, in place; number: which chance."""
+    if not dither:
+        return block.mul_(scale.reciprocal()).round_()
+    table = _noise(block.device)
+    count = block.numel()
+    if count > len(table) // 2:
+        table = table.repeat(count // len(table) + 2)
+    begin = number * 7919 % (len(table) - count)
+    chance = table[begin : begin + count].view(block.shape)
+    return torch.addcmul(chance, block, scale.reciprocal(), out=block).round_()
+
+
+@lru_cache(maxsize=1)
+def _noise(device: torch.device) -> Tensor:
+    """(NOISE,) even between -1/2 and 1/2, and never so near to either that 127 becomes 128."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(NOISE, generator=generator).sub_(0.5).mul_(0.9999).to(device)
 
 
 def _peak(block: Tensor) -> Tensor:

@@ -68,9 +68,10 @@ class Int8Products:
             if shape.in_features > DEEPEST:
                 continue
             try:
-                self.weights[path] = Int8Weight.of(stored_weight(module), scratch)
+                weight = Int8Weight.of(stored_weight(module), scratch)
             except ValueError as error:
                 raise ModelError(f"{path} holds {error}: it has no int8 form") from None
+            self.weights[path] = dataclasses.replace(weight, dither=module is self._head)
         self.level = 0
         self.use(0)
 

@@ -27,7 +27,11 @@ from tsugiki.training.events import Proven
 from tsugiki.training.step import LossOf, count_targets
 
 BATCHES = 4  # micro-batches whose gradient is compared
-TOKENS = 1024  # of each at most, a row at least: fp32 is slow
+# Of each so many tokens at most (and a row at least), since fp32 is slow: four times 2^39 products
+# of a weight and a token, both ways, take about 50 s on two cores. In a sum over fewer tokens what
+# rounding leaves is a larger share.
+WORK = 1 << 39
+TOKENS = 1024  # however large the base
 SPREAD = 0.02  # of B where it is drawn: with B = 0 the gradient of every A is zero
 MEDIAN, LOWEST = 0.998, 0.98  # cosines with fp32
 RATIOS = (0.97, 1.03)  # of the norms, ours over fp32's
@@ -131,8 +135,10 @@ def told_by(settled: Settled, step: int) -> list[Proven]:
     ]  # fmt: skip
 
 
-def few_passes(loader: Loader) -> list[list[Example]]:
-    """The first micro-batches of a fresh loader with labels, cut to `TOKENS`."""
+def few_passes(loader: Loader, parameters: int) -> list[list[Example]]:
+    """The first micro-batches of a fresh loader with labels, cut to what is soon multiplied in fp32
+    by a base of so many parameters."""
+    most = max(TOKENS, WORK // parameters)
     found: list[list[Example]] = []
     for _ in range(BATCHES):  # the rows may come round again
         for rows in next(loader).passes:
@@ -140,7 +146,7 @@ def few_passes(loader: Loader) -> list[list[Example]]:
             tokens = 0
             for example in rows:
                 tokens += len(example.ids)
-                if tokens <= TOKENS or not taken:
+                if tokens <= most or not taken:
                     taken.append(example)
             if len(found) < BATCHES and count_targets([taken]):
                 found.append(taken)

@@ -197,13 +197,14 @@ def train(
                            seed=settings.seed)  # fmt: skip
             try:
                 with breaking_off():
-                    settled = settle(
-                        model, base.int8, loss_of, few_passes(fresh), draw=progress.step == 0
-                    )
+                    passes = few_passes(fresh, base.spec.parameters)
+                    settled = settle(model, base.int8, loss_of, passes, draw=progress.step == 0)
             except RunError as error:
                 yield from save()
                 again = f"tsugiki train --resume {folder} --compute bf16"
-                raise RunError(error.problem, got=error.got, fix=again) from None
+                raise RunError(
+                    error.problem, got=error.got, allowed=error.allowed, fix=again
+                ) from None
             progress.proven, progress.int8_level = progress.step, settled.level
             for proof in told_by(settled, progress.step):
                 record = {key: value for key, value in asdict(proof).items() if key != "step"}
