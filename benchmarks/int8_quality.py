@@ -37,7 +37,7 @@ KINDS = ("bf16", "int8")
 
 
 def compare(name: str, steps: int, seed: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Test losses before and after both runs, and the int8 run's proofs; no 'int8' where refused."""
+    """Test losses before and after both runs, and the int8 run's proofs; no 'int8' if refused."""
     train_file, test_file, options = SETS[name]
     terminal = Terminal(as_json=True)
     losses, proofs = {}, []
