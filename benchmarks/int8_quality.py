@@ -2,7 +2,8 @@
 
 The same rows, start and order with bf16 and with int8 products (at the level that each run's own
 proof takes); both adapters are then loaded on the bf16 base and scored on test rows. At width 64
-`tsugiki train` would say that int8 is not faster and keep bf16, so the decision is made here.
+`tsugiki train` would say that int8 is not faster and keep bf16, so the decision is made here. One
+result file for each set of rows.
 """
 
 from __future__ import annotations
@@ -82,56 +83,51 @@ def _short(proof: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def main() -> bool:
-    """Measure, print, record."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
+def measure(name: str, steps: int, seeds: int) -> bool:
+    """Every seed on one set of rows, recorded; whether the bounds hold."""
     figures: dict[str, float] = {}
     bounds: dict[str, str] = {}
     runs: list[dict[str, Any]] = []
-    for name in DATA:
-        gaps, gains, medians, lowest, refused = [], [], [], [], 0
-        for seed in range(arguments.seeds):
-            losses, proofs = compare(name, arguments.steps, seed)
-            if "int8" not in losses:
-                refused += 1
-                continue
-            gain = losses["before"] - losses["bf16"]
-            gaps.append((losses["int8"] - losses["bf16"]) / gain)
-            gains.append(gain)
-            taken = [line for line in proofs if line["taken"]]
-            cosines = [[c for c, _ in line["tensors"].values()] for line in taken]
-            medians += [statistics.median(values) for values in cosines]
-            lowest += [min(values) for values in cosines]
-            levels = [LEVELS.index(line["what"]) for line in taken]
-            print(f"{name} seed {seed}: {losses}, gap {gaps[-1]:+.2%}, levels {levels}", flush=True)
-            runs.append(
-                {
-                    "data": name,
-                    "seed": seed,
-                    "losses": losses,
-                    "proofs": [_short(p) for p in proofs],
-                }
-            )
-        key = f"{name}: runs that were refused"
-        figures[key], bounds[key] = refused, "== 0"
-        if not gaps:
+    gaps, gains, medians, lowest, refused = [], [], [], [], 0
+    for seed in range(seeds):
+        losses, proofs = compare(name, steps, seed)
+        runs.append({"seed": seed, "losses": losses, "proofs": [_short(proof) for proof in proofs]})
+        if "int8" not in losses:
+            refused += 1
             continue
-        key = f"{name}: bf16's improvement (nats)"
+        gains.append(losses["before"] - losses["bf16"])
+        gaps.append((losses["int8"] - losses["bf16"]) / gains[-1])
+        taken = [line for line in proofs if line["taken"]]
+        cosines = [[c for c, _ in line["tensors"].values()] for line in taken]
+        medians += [statistics.median(values) for values in cosines]
+        lowest += [min(values) for values in cosines]
+        levels = [LEVELS.index(line["what"]) for line in taken]
+        print(f"{name} seed {seed}: {losses}, gap {gaps[-1]:+.2%}, levels {levels}", flush=True)
+    key = "runs that were refused"
+    figures[key], bounds[key] = refused, "== 0"
+    if gaps:
+        key = "bf16's improvement (nats)"
         figures[key], bounds[key] = statistics.mean(gains), ">= 0.5"
-        key = f"{name}: worst gap to bf16 as a share of it"
+        key = "worst gap to bf16 as a share of it"
         figures[key], bounds[key] = max(abs(gap) for gap in gaps), "<= 0.03"
-        figures[f"{name}: mean gap as a share of it"] = statistics.mean(gaps)
-        key = f"{name}: lowest median cosine of a run's proofs"
+        figures["mean gap as a share of it"] = statistics.mean(gaps)
+        key = "lowest median cosine of a run's proofs"
         figures[key], bounds[key] = min(medians), ">= 0.998"
-        key = f"{name}: lowest cosine of any tensor"
+        key = "lowest cosine of any tensor"
         figures[key], bounds[key] = min(lowest), ">= 0.98"
-    command = (
-        f"python -m benchmarks.int8_quality --steps {arguments.steps} --seeds {arguments.seeds}"
-    )
-    return record.write("int8_quality", command, figures, bounds, runs=runs)
+    command = f"python -m benchmarks.int8_quality --data {name} --steps {steps} --seeds {seeds}"
+    return record.write(f"int8_quality_{name}", command, figures, bounds, runs=runs)
+
+
+def main() -> bool:
+    """Measure, print, record."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", choices=DATA, help="default: both, one after the other")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=3)
+    asked = parser.parse_args()
+    names = [asked.data] if asked.data else DATA
+    return all([measure(name, asked.steps, asked.seeds) for name in names])
 
 
 if __name__ == "__main__":
