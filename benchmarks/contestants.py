@@ -27,6 +27,7 @@ from tsugiki.models.tune import Tuned, tune
 from tsugiki.training.gradients import BATCHES, settle
 from tsugiki.training.objective import flatten
 from tsugiki.training.ranks import ranks
+from tsugiki.training.scaling import LossScale
 from tsugiki.training.step import LossOf, make_optimizer, optimiser_step
 
 RANK, ALPHA, RATE = 16, 16, 1e-4
@@ -87,9 +88,15 @@ def random_rows(vocab: int, rows: int, length: int) -> list[Example]:
     return [Example(tuple(row), tuple(row), "random") for row in ids]
 
 
-def ours(name: str, model: nn.Module, shape: Shape, rows: list[Example]) -> tuple[Step, str]:
-    """A step as `tsugiki train` makes it."""
-    step, tuned, _ = _ours(name, model, shape, rows)
+def ours(
+    name: str,
+    model: nn.Module,
+    shape: Shape,
+    rows: list[Example],
+    scaling: LossScale | None = None,
+) -> tuple[Step, str]:
+    """A step as `tsugiki train` makes it; scaling: for float16."""
+    step, tuned, _ = _ours(name, model, shape, rows, scaling)
     return step, "" if tuned is None else tuned.note
 
 
@@ -107,7 +114,11 @@ def ours_int8(
 
 
 def _ours(
-    name: str, model: nn.Module, shape: Shape, rows: list[Example]
+    name: str,
+    model: nn.Module,
+    shape: Shape,
+    rows: list[Example],
+    scaling: LossScale | None = None,
 ) -> tuple[Step, Tuned | None, LossOf]:
     dropout = clockwork.DROPOUT if name in ("ours", "ours-int8") else 0.0
     config = LoraConfig(r=RANK, alpha=ALPHA, dropout=dropout, targets=list(shape.targets))
@@ -116,7 +127,7 @@ def _ours(
     tuned = None if name == "ours-plain" else tune(model)
     training_mode(model, True)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    device = torch.device("cpu")
+    device = place_of(model)
     optimizer = make_optimizer(trained, 0.0, device)
     alone = ranks(device)
 
@@ -128,8 +139,9 @@ def _ours(
 
     def step() -> float:
         return optimiser_step(
-            1, [rows], loss_of, trained, optimizer, rate=RATE, max_grad_norm=1.0, ranks=alone
-        ).loss
+            1, [rows], loss_of, trained, optimizer, rate=RATE, max_grad_norm=1.0, ranks=alone,
+            scaling=scaling,
+        ).loss  # fmt: skip
 
     return step, tuned, loss_of
 
@@ -154,7 +166,7 @@ def theirs(name: str, model: nn.Module, shape: Shape, rows: list[Example]) -> tu
         for layer in layers:
             layer.compile()
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
-    ids = torch.tensor([row.ids for row in rows])
+    ids = torch.tensor([row.ids for row in rows], device=place_of(model))
 
     def step() -> float:
         optimizer.zero_grad()
@@ -219,11 +231,14 @@ def full_flops(counts: dict[tuple[int, int], int], config: Any, rows: int, lengt
     return float(tokens * (base + lora + attention))
 
 
-def gates(shape: Shape) -> dict[str, Any]:
+def gates(shape: Shape, device: str = "cpu") -> dict[str, Any]:
     """Gradients against fp32, and 50 steps of loss, on two layers of this shape."""
     config = make_config(shape, 2, 2048)
     rows = random_rows(2048, 2, 96)
-    errors = {kind: gradient_errors(shape, config, rows, kind) for kind in ("ours-dry", "peft-dry")}
+    errors = {
+        kind: gradient_errors(shape, config, rows, kind, device)
+        for kind in ("ours-dry", "peft-dry")
+    }
     worst = max(
         errors["ours-dry"][n] / max(errors["peft-dry"][n], 1e-6) for n in errors["ours-dry"]
     )
@@ -231,7 +246,8 @@ def gates(shape: Shape) -> dict[str, Any]:
         errors["ours-dry"][n] / max(errors["peft-dry"][n], 1e-6) for n in errors["ours-dry"]
     )
     curves = {
-        kind: curve(shape, config, rows, kind) for kind in ("ours-dry", "peft-dry", "peft-fp32-dry")
+        kind: curve(shape, config, rows, kind, device)
+        for kind in ("ours-dry", "peft-dry", "peft-fp32-dry")
     }
     exact = curves["peft-fp32-dry"]
     gaps = {
@@ -250,19 +266,21 @@ def gates(shape: Shape) -> dict[str, Any]:
     }
 
 
-def gradient_errors(shape: Shape, config: Any, rows: list[Example], kind: str) -> dict[str, float]:
+def gradient_errors(
+    shape: Shape, config: Any, rows: list[Example], kind: str, device: str
+) -> dict[str, float]:
     """Relative error of every adapter gradient in bf16 against PEFT in fp32; B is not zero."""
-    exact = adapter_gradients(shape, config, rows, "peft-fp32-dry")
-    got = adapter_gradients(shape, config, rows, kind)
+    exact = adapter_gradients(shape, config, rows, "peft-fp32-dry", device)
+    got = adapter_gradients(shape, config, rows, kind, device)
     return {n: float((got[n] - g).norm() / g.norm()) for n, g in exact.items()}
 
 
 def adapter_gradients(
-    shape: Shape, config: Any, rows: list[Example], kind: str
+    shape: Shape, config: Any, rows: list[Example], kind: str, device: str
 ) -> dict[str, Tensor]:
     """Name of each A and B → its gradient in fp32."""
     # fp32 copies of the very bf16 weights, so that only the arithmetic differs
-    model = make_model(config, torch.bfloat16)
+    model = make_model(config, torch.bfloat16).to(device)
     widen(model)
     if "fp32" in kind:
         model = model.float()
@@ -273,11 +291,10 @@ def adapter_gradients(
         for name in sorted(pairs):
             values = torch.randn(pairs[name].shape, generator=generator) * 0.02
             pairs[name].copy_(values.to(pairs[name].dtype))
-    ids = torch.tensor([row.ids for row in rows])
+    ids = torch.tensor([row.ids for row in rows], device=place_of(model))
     if kind.startswith("ours"):
-        device = torch.device("cpu")
         tuned = tune(model)
-        flat, batch, places, targets = flatten(rows, device)
+        flat, batch, places, targets = flatten(rows, place_of(model))
         loss = flat_loss(
             model, flat, batch, places, targets, head=tuned.head_of(model), factor=1 / len(targets)
         )
@@ -285,6 +302,11 @@ def adapter_gradients(
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     return {name: p.grad.float() for name, p in pairs.items() if p.grad is not None}
+
+
+def place_of(model: nn.Module) -> torch.device:
+    """Where its weights are."""
+    return next(model.parameters()).device
 
 
 def widen(model: nn.Module) -> None:
@@ -308,9 +330,9 @@ def adapter_pairs(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def curve(shape: Shape, config: Any, rows: list[Example], kind: str) -> list[float]:
+def curve(shape: Shape, config: Any, rows: list[Example], kind: str, device: str) -> list[float]:
     """50 losses from the same start."""
-    model = make_model(config, torch.bfloat16)
+    model = make_model(config, torch.bfloat16).to(device)
     if "fp32" in kind:
         model = model.float()
     step, _ = (ours if kind.startswith("ours") else theirs)(kind, model, shape, rows)

@@ -127,7 +127,8 @@ def main() -> bool:
     parser.add_argument("--seeds", type=int, default=3)
     asked = parser.parse_args()
     names = [asked.data] if asked.data else DATA
-    return all([measure(name, asked.steps, asked.seeds) for name in names])
+    held = [measure(name, asked.steps, asked.seeds) for name in names]
+    return all(held)
 
 
 if __name__ == "__main__":

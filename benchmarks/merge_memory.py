@@ -117,8 +117,13 @@ def make_adapter(base: Path, folder: Path) -> None:
 
 def merge_watched(adapter: Path, base: Path, output: Path) -> dict[str, Any]:
     """Merge in a child; seconds, and the most anonymous memory it had at once, in bytes."""
-    environment = {**os.environ, "TSUGIKI_CACHE": str(output.parent / "cache")}
     command = [sys.executable, "-c", MERGE, str(adapter), str(base), str(output)]
+    return watched(command, output.parent)
+
+
+def watched(command: list[str], place: Path) -> dict[str, Any]:
+    """What a child prints as JSON, and the most anonymous memory it had at once, in bytes."""
+    environment = {**os.environ, "TSUGIKI_CACHE": str(place / "cache")}
     most = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
         status = Path(f"/proc/{child.pid}/status")
@@ -129,7 +134,7 @@ def merge_watched(adapter: Path, base: Path, output: Path) -> dict[str, Any]:
         assert child.stdout is not None
         answer = child.stdout.read()
     if child.returncode != 0:
-        raise RuntimeError(f"the merge ended with {child.returncode}")
+        raise RuntimeError(f"it ended with {child.returncode}")
     return {**json.loads(answer), "anonymous": most}
 
 

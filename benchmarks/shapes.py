@@ -26,7 +26,7 @@ class Shape:
 def _llama(
     kind: str, k: int, m: int, layers: int, heads: int, kv: int, vocab: int, **more: Any
 ) -> Shape:
-    config = {
+    config: dict[str, Any] = {
         "hidden_size": k, "intermediate_size": m, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": vocab,
         "tie_word_embeddings": True, "max_position_embeddings": 8192, **more,
@@ -42,6 +42,10 @@ SHAPES: dict[str, Shape] = {
         head_dim=256, query_pre_attn_scalar=256, sliding_window=512,
     ),
     "llama3.2-1b": _llama("llama", 2048, 8192, 16, 32, 8, 128_256, head_dim=64),
+    "llama3-8b": _llama(
+        "llama", 4096, 14_336, 32, 32, 8, 128_256, head_dim=128, tie_word_embeddings=False
+    ),
+    "tiny": _llama("llama", 64, 160, 2, 4, 2, 300, head_dim=16),
     "gpt2-medium": Shape(
         "gpt2",
         {"n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 1024, "vocab_size": 50_257},

@@ -7,10 +7,18 @@ from pathlib import Path
 
 import pytest
 
+# One thread: two test processes fill two cores, tiny models gain nothing from a second thread, and
+# runs that are compared byte for byte must sum in one order.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
 from promises import read_promises, unproven
+
+# Without a GPU Triton's kernels are interpreted; to be said before anything imports triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).parent.parent
 PASSED: set[str] = set()

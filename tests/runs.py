@@ -108,6 +108,7 @@ def in_process(
     output: str,
     resume: bool = False,
     lora: dict[str, object] | None = None,
+    model: dict[str, object] | None = None,
     **train: object,
 ) -> None:
     """The same run without a process of its own, so that faults can be put into it."""
@@ -117,7 +118,7 @@ def in_process(
         run_training(config, Terminal(as_json=True), resume=run)
         return
     stored = read_yaml(place / "whole" / "config.yaml")
-    changes = {"output": str(run), "train": train, "lora": lora or {}}
+    changes = {"output": str(run), "train": train, "lora": lora or {}, "model": model or {}}
     run_training(build_config(stored, changes), Terminal(as_json=True))
 
 

@@ -24,6 +24,7 @@ from tsugiki.data.loader import Loader
 from tsugiki.device import Decisions, decide
 from tsugiki.errors import Interrupted, RunError, UsageError
 from tsugiki.kernels.int8 import Int8Weight
+from tsugiki.memory import PROOF_TOKENS
 from tsugiki.models.flat import flat_loss, use_flat_attention
 from tsugiki.models.int8 import LEVELS, Int8Products
 from tsugiki.models.tune import tune
@@ -149,7 +150,7 @@ def test_few_passes_are_the_first_and_short() -> None:
     passes = few_passes(Loader(rows, micro_batch=2, accumulation=1, seed=0), 1 << 40)
     assert len(passes) == gradients.BATCHES
     for one in passes:
-        assert len(one) == 1 or sum(len(e.ids) for e in one) <= gradients.TOKENS
+        assert len(one) == 1 or sum(len(e.ids) for e in one) <= PROOF_TOKENS
     silent = Example((1, 2), (-100, -100), "nothing to learn")
     one = Example((1, 2), (1, 2), "one")
     passes = few_passes(Loader((silent, one), micro_batch=1, accumulation=1, seed=0), 1)

@@ -81,7 +81,7 @@ def test_it_runs_the_demo_in_another_folder_without_a_compiler(wheel: Path, tmp_
     assert scores["answer of the nearest training row"]["exact"] <= 0.4
     turns = next(e for e in events if e["kind"] == "conversation")["turns"]
     assert any(re.search(r"[぀-ヿ一-鿿]", turn["tuned"]) for turn in turns)
-    samples = {e["step"] for e in events if e["kind"] == "sample"}
+    samples = {e["step"] for e in events if e["kind"] == "sampled"}
     assert len(samples) == 3, "start, middle and end"
     (run,) = (path for path in work.iterdir() if path.is_dir())
     for name in (

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from tsugiki.errors import RunError, UsageError
 NARROW = 512
 # bf16 must win by this much in the probe before rounding is taken on.
 WORTHWHILE = 1.3
+TENSOR_CORES = (7, 0)  # compute capability; before, fp16 is no faster than fp32, often slower
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,29 @@ def keep_pages() -> bool:
 def usable_cores() -> int:
     """Cores this process may use (an affinity mask or container limit counts)."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    quota = core_quota()
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def core_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Cores' worth of time that a container may use; None without a limit.
+
+    Threads beyond it do not run slower but stop all together until the next period.
+    """
+    for limit, period in (("cpu.max", None), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            words = (root / limit).read_text().split()
+            if period is not None:
+                words += (root / period).read_text().split()
+            allowed, whole = (int(word) for word in words)
+        except (OSError, ValueError):  # no such file, or 'max'
+            continue
+        if allowed > 0 and whole > 0:
+            return allowed / whole
+    return None
 
 
 def _device(asked: str) -> tuple[str, str]:
@@ -150,7 +173,9 @@ def _dtype(device: str, hidden_size: int, stored: str | None) -> tuple[str, str]
     if device.startswith("cuda"):
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16", f"native on this GPU{suffix}"
-        return "float32", f"this GPU has no native bf16{suffix}"
+        if torch.cuda.get_device_capability(device) >= TENSOR_CORES:
+            return "float16", f"this GPU has no native bf16: fp16 with a scaled loss{suffix}"
+        return "float32", f"this GPU has neither bf16 nor fast fp16{suffix}"
     ratio = bf16_speedup(device, hidden_size)
     if ratio >= WORTHWHILE:
         return "bfloat16", f"a probe ran {ratio:.1f}× faster in bf16 than in fp32{suffix}"

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -149,6 +151,71 @@ def sweep_temporary(folder: Path) -> list[Path]:
     return removed
 
 
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """A temporary neighbour of `target` to write, that becomes it when the block ends well.
+
+    What killed writers of this file left is removed first. Fsynced before the rename.
+
+    Raises:
+        DiskError: disk full, no permission; nothing is left.
+        RunError: `target` exists.
+    """
+    if target.exists():
+        raise RunError(f"{target} exists already", fix="choose another --output, or remove it")
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sweep_left_over(target)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        with held(temporary):
+            yield temporary
+            handle = os.open(temporary, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            os.chmod(temporary, 0o644)
+            os.rename(temporary, target)
+        fsync_folder(target.parent)
+    except OSError as error:
+        raise as_disk_error(error, target) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """A lock on what is being written, freed by the kernel however the writer ends."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def sweep_left_over(target: Path) -> None:
+    """Remove what killed writers of `target` left beside it; one still at work is left alone."""
+    if not target.parent.is_dir():
+        return
+    for left in sorted(target.parent.glob(f".{glob.escape(target.name)}.*.tmp")):
+        handle = os.open(left, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(handle)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Readable, stable JSON (UTF-8, sorted as given), written atomically."""
     atomic_write(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
@@ -207,12 +274,12 @@ def free_bytes(path: Path) -> int:
 
 
 def human_bytes(count: float) -> str:
-    """1536 → '1.5 KB' (powers of 1024, one decimal)."""
+    """1500 → '1.5 KB' (powers of 1000, one decimal), as `parse_bytes` reads them."""
     size = float(count)
     for unit in ("B", "KB", "MB", "GB"):
-        if abs(size) < 1024:
+        if abs(size) < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
+        size /= 1000
     return f"{size:.1f} TB"
 
 
@@ -267,3 +334,19 @@ class RunLock:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+
+def parse_bytes(text: str) -> int:
+    """'8GB' (10⁹), '6GiB' (2³⁰), '512 MB', '1000000' → bytes.
+
+    Raises:
+        ValueError: anything else, or nothing at all.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if match is None:
+        raise ValueError("a size such as 8GB, 6GiB or 500MB")
+    number, letter, binary = match.groups()
+    size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(letter or " "))
+    if size <= 0:
+        raise ValueError("must be more than nothing")
+    return size

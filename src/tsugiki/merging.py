@@ -7,32 +7,29 @@ all. Imports no transformers, holds no model, and proves nothing: that is `proof
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from tsugiki import __version__
-from tsugiki.adapters.algebra import Changes, Replaced, merged_blocks, read_changes
-from tsugiki.adapters.origin import identify
-from tsugiki.adapters.record import BaseIdentity, check_base
-from tsugiki.data.templates import FALLBACKS
-from tsugiki.errors import AdapterError, ModelError, RunError, UsageError
-from tsugiki.files import atomic_folder, read_json, require_space, sha256_file
-from tsugiki.models.families import (
-    HEAD,
-    disk_name,
-    embedding_name,
-    is_tied,
+from tsugiki.adapters.algebra import Changes, merged_blocks
+from tsugiki.adapters.joined import Joined, join
+from tsugiki.adapters.record import BaseIdentity
+from tsugiki.errors import ModelError, RunError, UsageError
+from tsugiki.files import (
+    atomic_folder,
+    held,
+    read_json,
+    require_space,
+    sha256_file,
+    sweep_left_over,
 )
+from tsugiki.models.families import HEAD, disk_name, embedding_name
 from tsugiki.models.shards import (
     DTYPES,
     INDEX,
@@ -41,7 +38,7 @@ from tsugiki.models.shards import (
     Stored,
     StoredModel,
     as_bytes,
-    open_model,
+    one_thread,
 )
 
 RECORD = "tsugiki.json"
@@ -60,18 +57,36 @@ NOT_COPIED = (
 class MergePlan:
     """Everything decided before a byte is written.
 
+    The base may be seen as it was kept in few bits (models/kept.py): its numbers are written then.
+
     dtype: code of the type that every float tensor gets, None to keep each one's own.
-    untie: the head is written apart from the embedding.
     need: bytes that the new folder takes.
     """
 
-    base: StoredModel
-    identity: BaseIdentity | None
+    joined: Joined
     changes: Changes
     dtype: str | None
-    untie: bool
     need: int
-    notes: list[str] = field(default_factory=list)
+
+    @property
+    def base(self) -> StoredModel:
+        """The model that is changed."""
+        return self.joined.base
+
+    @property
+    def identity(self) -> BaseIdentity | None:
+        """Who the base is."""
+        return self.joined.identity
+
+    @property
+    def untie(self) -> bool:
+        """Whether the head is written apart from the embedding."""
+        return self.joined.untie
+
+    @property
+    def notes(self) -> list[str]:
+        """What people should know of the pair."""
+        return self.joined.notes
 
 
 @dataclass(frozen=True)
@@ -107,35 +122,12 @@ def plan_merge(
         ModelError, AdapterError: a folder that cannot be used, another base, a tied embedding.
     """
     code = None if dtype is None else type_code(dtype)
-    model = open_model(base)
-    if model.config.get("quantization_config"):
-        raise ModelError(
-            f"{base} is quantised: its stored numbers are codes, not weights",
-            fix="--model with the 16-bit original of this model",
-        )
-    changes = read_changes(adapter, model)
-    notes = list(changes.notes)
-    identity = identify(model, name or str(base), commit)
-    if changes.record is None:
-        notes.append(
-            "base not verified: the adapter comes from elsewhere, only shapes were checked"
-        )
-    else:
-        notes += check_base(changes.record.get("base"), identity, adapter, accept_base=accept_base)
-    apart = _must_untie(model, changes)
-    if apart and not untie:
-        what, other = ("head", "embedding") if HEAD in apart else ("embedding", "head")
-        raise AdapterError(
-            f"{adapter} changes the {what} ({apart}), which this base ties to its {other}: "
-            "one stored tensor cannot be both",
-            fix="--untie writes the two apart, which is exactly what the adapter computes",
-        )
-    if apart:
-        notes.append("the head is written apart from the embedding (tie_word_embeddings: false)")
-    plan = MergePlan(model, identity, changes, code, bool(apart), 0, notes)
+    joined = join(base, adapter, name=name, commit=commit, untie=untie, accept_base=accept_base)
+    assert joined.changes is not None
     side = sum(file.stat().st_size for file in _beside(base))
-    weights = sum(t.end - t.begin for shard in model.shards for t in _layout(plan, shard))
-    return MergePlan(model, identity, changes, code, bool(apart), weights + side + (1 << 20), notes)
+    plan = MergePlan(joined, joined.changes, code, 0)
+    weights = sum(t.end - t.begin for shard in plan.base.shards for t in _layout(plan, shard))
+    return MergePlan(joined, joined.changes, code, weights + side + (1 << 20))
 
 
 def type_code(dtype: str) -> str:
@@ -163,7 +155,7 @@ def write_merged(plan: MergePlan, output: Path) -> Merged:
         raise RunError(f"{output} exists already", fix="choose another --output, or remove it")
     sweep_left_over(output)
     require_space(output, plan.need, "the merged model")
-    with atomic_folder(output) as temporary, _held(temporary), _one_thread():
+    with atomic_folder(output) as temporary, held(temporary), one_thread():
         for file in _beside(plan.base.folder):
             shutil.copyfile(file, temporary / file.name)
         digests: dict[str, str] = {}
@@ -185,61 +177,6 @@ def write_merged(plan: MergePlan, output: Path) -> Merged:
         _write_chat(plan, temporary)
         _write_record(plan, temporary, digests)
     return Merged(output, len(plan.changes.by_name), count, total)
-
-
-def sweep_left_over(output: Path) -> None:
-    """Remove what killed writers of this folder left beside it; one still at work is left alone."""
-    for left in (
-        sorted(output.parent.glob(f".{output.name}.*.tmp")) if output.parent.is_dir() else ()
-    ):
-        handle = os.open(left, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(handle)
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """A lock on the folder while it is written, freed by the kernel however the writer ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """One core outruns the disk here, the next one hashes; more only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _must_untie(model: StoredModel, changes: Changes) -> str | None:
-    """The name whose change the tied partner must not see; None where nothing is torn apart."""
-    if not is_tied(model):
-        return None
-    head = disk_name(HEAD, model.tensors) or HEAD
-    embedding = embedding_name(model)
-    ours, theirs = changes.by_name.get(head), changes.by_name.get(embedding or "")
-    if ours is None and theirs is None:
-        return None
-    if (
-        isinstance(ours, Replaced)
-        and isinstance(theirs, Replaced)
-        and torch.equal(ours.value, theirs.value)
-    ):
-        return None
-    return head if ours is not None else embedding
 
 
 def _layout(plan: MergePlan, shard: Shard) -> list[Stored]:
@@ -264,13 +201,27 @@ def _code(plan: MergePlan, tensor: Stored) -> str:
     return plan.dtype if plan.dtype and tensor.dtype.is_floating_point else tensor.code
 
 
+def merged_tensor(plan: MergePlan, name: str) -> torch.Tensor:
+    """One tensor whole, as `write_merged` would write it.
+
+    Raises:
+        OverflowError: a weight that the type cannot hold.
+    """
+    source, change = _source(plan, name), plan.changes.by_name.get(name)
+    blocks = merged_blocks(plan.base.tensor(source.name), change, DTYPES[_code(plan, source)])
+    return torch.cat(list(blocks)).view(source.shape)
+
+
+def _source(plan: MergePlan, name: str) -> Stored:
+    """Where a tensor's numbers come from: a head that is written apart has the embedding's."""
+    tensors = plan.base.tensors
+    return tensors[name if name in tensors else embedding_name(plan.base) or ""]
+
+
 def _pieces(plan: MergePlan, placed: Stored) -> Iterator[memoryview]:
     """The bytes of one new tensor."""
     name = placed.name
-    if name not in plan.base.tensors:
-        source = plan.base.tensors[embedding_name(plan.base) or ""]
-    else:
-        source = plan.base.tensors[name]
+    source = _source(plan, name)
     change = plan.changes.by_name.get(name)
     if change is None and placed.code == source.code:
         content = plan.base.bytes_of(source)
@@ -334,45 +285,15 @@ def _write_config(plan: MergePlan, path: Path) -> None:
 
 def _write_chat(plan: MergePlan, folder: Path) -> None:
     """The chat template and stop tokens that training used, where the base brings others."""
-    chat = plan.changes.chat or {}
-    template = FALLBACKS.get(str(chat.get("format")))
+    template = plan.joined.template()
     if template is not None:
-        starts = "true" if _starts_with_bos(folder) else "false"
-        template = f"{{%- set starts_with_bos = {starts} -%}}{template}"
-    else:
-        template = _template_of(plan.changes.folder)
-    if template is not None and template != _template_of(folder):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    path = folder / "generation_config.json"
-    config = read_json(path) if path.is_file() else {}
-    known = config.get("eos_token_id", None if config else plan.base.setting("eos_token_id"))
-    stops = [] if known is None else known if isinstance(known, list) else [known]
-    more = [i for i in chat.get("stop_ids", []) if i not in stops]
+    more, stops = plan.joined.stops()
     if more:
+        path = folder / "generation_config.json"
+        config = read_json(path) if path.is_file() else {}
         config["eos_token_id"] = [*more, *stops]
         _dump(path, config)
-
-
-def _template_of(folder: Path) -> str | None:
-    """The chat template beside a tokenizer, in either of the places where it may be."""
-    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    if config.is_file():
-        found = read_json(config).get("chat_template")
-        return found if isinstance(found, str) else None
-    return None
-
-
-def _starts_with_bos(folder: Path) -> bool:
-    """Whether this tokenizer puts its BOS token before a text; our templates follow it."""
-    file, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    if not file.is_file() or not config.is_file():
-        return False
-    bos = read_json(config).get("bos_token")
-    text = bos.get("content") if isinstance(bos, dict) else bos
-    tokenizer = Tokenizer.from_file(str(file))
-    return text is not None and tokenizer.encode("a").ids[:1] == [tokenizer.token_to_id(text)]
 
 
 def _write_record(plan: MergePlan, folder: Path, digests: dict[str, str]) -> None:
@@ -384,6 +305,7 @@ def _write_record(plan: MergePlan, folder: Path, digests: dict[str, str]) -> Non
         "format_version": 1,
         "kind": "merged",
         "base": plan.identity.__dict__ if plan.identity else None,
+        "base_kept": plan.base.kept,
         "adapter": {"folder": str(plan.changes.folder), "weights_sha256": plan.changes.digest},
         "dtype": plan.dtype and NAMES[plan.dtype],
         "untied": plan.untie,

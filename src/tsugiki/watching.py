@@ -18,6 +18,7 @@ from tsugiki.training.events import (
     Event,
     Finished,
     Logged,
+    Noted,
     Proven,
     Resumed,
     Sampled,
@@ -52,6 +53,8 @@ def tell(events: Iterator[Event], terminal: Terminal, folder: Path) -> TrainResu
                 case Saved():
                     if terminal.as_json:
                         terminal.say("saved", "", **asdict(event))
+                case Noted():
+                    terminal.say("note", Text(event.text, style="dim"), text=event.text)
                 case Advice():
                     terminal.warn(event.text, advice=True)
                 case Proven():

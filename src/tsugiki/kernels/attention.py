@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.kernels.blocks import block_attention
+from tsugiki.kernels.flash import flash_attention, flash_runs
 
 BLOCKS_FROM = 48  # tokens: below, one call of ATen's attention costs less than several products
 
@@ -50,23 +51,25 @@ def packed_attention(
         )
     _, heads, tokens, _ = q.shape
     assert tokens == batch.tokens, f"{tokens} tokens in a batch of {batch.tokens}"
+    if softcap is None and sinks is None and flash_runs(q, k, v):
+        return flash_attention(q, k, v, batch.lengths, scale=scale, window=window)
     if len(batch.lengths) == 1:
         out = causal_attention(q, k, v, scale=scale, window=window, softcap=softcap, sinks=sinks)
         return out.transpose(1, 2)
     q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))  # (T, H, d)
     pieces, places = [], []
-    for bucket in batch.buckets:
+    for bucket in batch.buckets_on(q.device):
         count, longest = bucket.gather.shape
-        index = bucket.gather.reshape(-1).to(q.device)
+        index = bucket.gather.reshape(-1)
         side = [
             t.index_select(0, index).view(count, longest, *t.shape[1:]).transpose(1, 2)
             for t in (q, k, v)
         ]
         out = causal_attention(*side, scale=scale, window=window, softcap=softcap, sinks=sinks)
         out = out.transpose(1, 2).reshape(count * longest, heads, -1)
-        pieces.append(out if bucket.keep is None else out.index_select(0, bucket.keep.to(q.device)))
+        pieces.append(out if bucket.keep is None else out.index_select(0, bucket.keep))
         places.append(bucket.target)
-    order = torch.argsort(torch.cat(places)).to(q.device)
+    order = torch.argsort(torch.cat(places))
     return torch.cat(pieces).index_select(0, order)[None]
 
 
@@ -87,6 +90,9 @@ def causal_attention(
     length = q.shape[2]
     grouped = q.shape[1] != k.shape[1]
     windowed = window is not None and window < length
+    if grouped and q.is_cuda:  # of torch's kernels only flash takes grouped heads
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+        grouped = False
     if softcap is None and sinks is None:
         if length >= BLOCKS_FROM and q.device.type == "cpu":
             out = block_attention(q, k, v, scale=scale, window=window if windowed else None)

@@ -105,6 +105,25 @@ class ForwardBatch:
             real = length
         return tuple(self._bucket(group) for group in groups)
 
+    def buckets_on(self, device: torch.device) -> tuple[Bucket, ...]:
+        """`buckets` with their indices on a device; moved once."""
+        if device.type == "cpu":
+            return self.buckets
+        if device not in self._moved:
+            self._moved[device] = tuple(
+                Bucket(
+                    b.gather.to(device),
+                    None if b.keep is None else b.keep.to(device),
+                    b.target.to(device),
+                )
+                for b in self.buckets
+            )
+        return self._moved[device]
+
+    @cached_property
+    def _moved(self) -> dict[torch.device, tuple[Bucket, ...]]:
+        return {}
+
     def _bucket(self, group: list[int]) -> Bucket:
         longest = self.lengths[group[0]]
         steps = torch.arange(longest)

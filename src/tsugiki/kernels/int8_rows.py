@@ -60,6 +60,9 @@ class Int8Codes:
         tile = workspace.take("tile", packed.numel(), wide, self.device).view(packed.shape)
         return tile.copy_(packed).mul_(scale.to(wide)).to(dtype)
 
+    def product(self, x: Tensor) -> None:
+        """There is no better way."""
+
 
 def quantize_int8(weight: Tensor) -> Int8Codes:
     """Codes of a finite matrix (out, in) of any floating type, contiguous or not.

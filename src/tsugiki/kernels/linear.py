@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tsugiki.kernels.backend import triton_runs
 from tsugiki.kernels.batch import ForwardBatch
-from tsugiki.kernels.dropout import draw_seed, dropped
+from tsugiki.kernels.dropout import draw_seed
+from tsugiki.kernels.lowrank import add_product, grad_of_a, pair_gradients, shrink
 
 WIDE = 1 << 24  # weights widened at a time: 64 MB
 
@@ -218,59 +220,100 @@ class Shrunk:
     rate: float
     seed: int
 
-    def input(self) -> Tensor:
-        """The input as the terms saw it."""
-        return self.x if self.rate == 0 else dropped(self.x, self.rate, self.seed)
 
-    def add_grad_x(self, grad_x: Tensor, grad_s: Tensor) -> Tensor:
-        """grad_x (T, in) plus the terms' part, in place."""
-        if self.rate == 0:
-            return grad_x.addmm_(grad_s, self.a)
-        part = grad_s @ self.a
-        return grad_x.add_(dropped(part, self.rate, self.seed, out=part))
-
-
-def grow(
-    x: Tensor, terms: Sequence[LoraTerm | None], outputs: Sequence[Tensor], rate: float
-) -> Shrunk:
-    """Adds each term of x (T, in) to its output (T, out) in place; all A in one product."""
-    matrices = [term.A.to(x.dtype) for term in terms if term is not None]
+def project(
+    x: Tensor,
+    weights: Sequence[FrozenWeight],
+    terms: Sequence[LoraTerm | None],
+    rate: float,
+) -> tuple[list[Tensor], Shrunk | None]:
+    """Outputs (T, out) of projections of x (T, in), terms included; all A in one product."""
+    present = [term for term in terms if term is not None]
+    if not present:
+        return [weight.matmul(x) for weight in weights], None
+    matrices = [term.A.to(x.dtype) for term in present]
     a = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
     seed = draw_seed() if rate > 0 else 0
-    s = (x if rate == 0 else dropped(x, rate, seed)) @ a.T
+    s = shrink(x, a, rate, seed)
+    outputs: list[Tensor] = []
     columns, at = [], 0
-    for term, y in zip(terms, outputs, strict=True):
-        if term is not None:
-            part = slice(at, at + term.A.shape[0])
-            y.addmm_(s[:, part], term.B.to(x.dtype).T, alpha=term.scale)
-            columns.append(part)
-            at = part.stop
-    return Shrunk(x, a, s, tuple(columns), rate, seed)
+    for weight, term in zip(weights, terms, strict=True):
+        if term is None:
+            outputs.append(weight.matmul(x))
+            continue
+        part = slice(at, at + term.A.shape[0])
+        outputs.append(_with_term(x, weight, s[:, part], term.B.to(x.dtype), term.scale))
+        columns.append(part)
+        at = part.stop
+    return outputs, Shrunk(x, a, s, tuple(columns), rate, seed)
 
 
-def grad_shrunk(group: Shrunk, terms: Sequence[LoraTerm | None], grads: Sequence[Tensor]) -> Tensor:
-    """dS (T, R) = s·dY·B of each output's dY (T, out)."""
+def _with_term(x: Tensor, weight: FrozenWeight, s: Tensor, b: Tensor, scale: float) -> Tensor:
+    """W·x + bias + scale·s·bᵀ."""
+    if isinstance(weight, DenseWeight) and triton_runs(x, "product"):
+        from tsugiki.kernels.gpu.product import product
+
+        return product(x, weight.dense().T, bias=weight.bias, term=(s, b.T), scale=scale)
+    return add_product(weight.matmul(x), s, b, scale)
+
+
+def grad_shrunk(
+    group: Shrunk | None, terms: Sequence[LoraTerm | None], grads: Sequence[Tensor]
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Of each output's dY (T, out): dS (T, R) = s·dY·B, and [dB_1, dB_2, …]; no group, nothing."""
+    if group is None:
+        return None, []
     grad_s = torch.empty_like(group.s)
-    places = iter(group.columns)
-    for term, grad in zip(terms, grads, strict=True):
-        if term is not None:
-            shrunk = grad @ term.B.to(grad.dtype)
-            torch.mul(shrunk, term.scale, out=grad_s[:, next(places)])
-    return grad_s
-
-
-def pair_gradients(
-    group: Shrunk, terms: Sequence[LoraTerm | None], grads: Sequence[Tensor], grad_s: Tensor
-) -> list[Tensor]:
-    """[dA_1, dB_1, dA_2, …] of dY (T, out) of each output and of dS (T, R)."""
-    grad_a = grad_s.T @ group.input()
-    places, out = iter(group.columns), []
+    places, grads_b = iter(group.columns), []
     for term, grad in zip(terms, grads, strict=True):
         if term is not None:
             part = next(places)
-            grad_b = (grad.T @ group.s[:, part]).to(term.B.dtype).mul_(term.scale)
-            out += [grad_a[part].to(term.A.dtype), grad_b]
+            b = term.B.to(grad.dtype)
+            grad_b = pair_gradients(grad, group.s[:, part], b, term.scale, out=grad_s[:, part])
+            grads_b.append(grad_b.to(term.B.dtype))
+    return grad_s, grads_b
+
+
+def grads_of_pairs(
+    group: Shrunk | None,
+    terms: Sequence[LoraTerm | None],
+    grad_s: Tensor | None,
+    grads_b: Sequence[Tensor],
+) -> list[Tensor]:
+    """[dA_1, dB_1, dA_2, …] of what `grad_shrunk` gave."""
+    if group is None or grad_s is None:
+        return []
+    grad_a = grad_of_a(grad_s, group.x, group.rate, group.seed)
+    present = [term for term in terms if term is not None]
+    out = []
+    for part, term, grad_b in zip(group.columns, present, grads_b, strict=True):
+        out += [grad_a[part].to(term.A.dtype), grad_b]
     return out
+
+
+def grad_input(
+    weights: Sequence[FrozenWeight],
+    grads: Sequence[Tensor],
+    group: Shrunk | None,
+    grad_s: Tensor | None,
+) -> Tensor:
+    """dX (T, in) = Σ dY_i·W_i + dropout(dS·A), accumulated in one buffer."""
+    grad_x: Tensor | None = None
+    for number, (weight, grad) in enumerate(zip(weights, grads, strict=True), 1):
+        if group is None or grad_s is None or number < len(weights):
+            grad_x = weight.matmul_t(grad, grad_x)
+        elif isinstance(weight, DenseWeight) and triton_runs(grad, "product"):
+            from tsugiki.kernels.gpu.product import product
+
+            grad_x = product(
+                grad, weight.dense(), onto=grad_x, term=(grad_s, group.a),
+                rate=group.rate, seed=group.seed,
+            )  # fmt: skip
+        else:
+            grad_x = weight.matmul_t(grad, grad_x)
+            add_product(grad_x, grad_s, group.a.T, rate=group.rate, seed=group.seed)
+    assert grad_x is not None
+    return grad_x
 
 
 class _Grouped(torch.autograd.Function):
@@ -291,10 +334,9 @@ class _Grouped(torch.autograd.Function):
         *pairs: Tensor,
     ) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])
-        out = [weight.matmul(flat) for weight in weights]
+        out, group = project(flat, weights, terms, rate)
         ctx.weights, ctx.terms, ctx.shape, ctx.layout = weights, terms, x.shape, None
-        if pairs:
-            group = grow(flat, terms, out, rate)
+        if group is not None:
             ctx.save_for_backward(flat, group.a, group.s, *pairs)
             ctx.layout = (group.columns, rate, group.seed)
         return tuple(y.view(*x.shape[:-1], -1) for y in out)
@@ -302,20 +344,15 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         flat_grads = [g.reshape(-1, g.shape[-1]) for g in grads]
-        group, pair_grads = None, []
+        group = None
         if ctx.layout is not None:
             flat, a, s, *_ = ctx.saved_tensors
             group = Shrunk(flat, a, s, *ctx.layout)
-            grad_s = grad_shrunk(group, ctx.terms, flat_grads)
-            pair_grads = pair_gradients(group, ctx.terms, flat_grads, grad_s)
+        grad_s, grads_b = grad_shrunk(group, ctx.terms, flat_grads)
+        pair_grads = grads_of_pairs(group, ctx.terms, grad_s, grads_b)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            for weight, grad in zip(ctx.weights, flat_grads, strict=True):
-                grad_x = weight.matmul_t(grad, grad_x)
-            assert grad_x is not None
-            if group is not None:
-                group.add_grad_x(grad_x, grad_s)
-            grad_x = grad_x.view(ctx.shape)
+            grad_x = grad_input(ctx.weights, flat_grads, group, grad_s).view(ctx.shape)
         return grad_x, None, None, None, *pair_grads
 
 

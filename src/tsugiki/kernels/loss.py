@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tsugiki.kernels.backend import triton_runs
 from tsugiki.kernels.linear import FrozenWeight
 
 CHUNK = 40_000_000  # logits of one chunk: enough rows for a full-speed product
+GPU_CHUNK = 1 << 28  # the same on a GPU: 2,000 rows of the largest vocabularies, 512 MB
 CACHED = 1 << 17  # fp32 logits of one softmax block, a row at least
 
 
@@ -68,23 +70,20 @@ class _Chunked(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad = torch.empty_like(hidden) if needs else None
-        pieces = max(1, -(-rows * vocab // CHUNK))
+        on_cpu = hidden.device.type == "cpu"
+        pieces = max(1, -(-rows * vocab // (CHUNK if on_cpu else GPU_CHUNK)))
         size = max(1, -(-rows // pieces))
-        few = max(1, CACHED // vocab)
         for begin in range(0, rows, size):
             part = slice(begin, min(begin + size, rows))
             logits = head.weight.matmul(hidden[part])
-            wanted = targets[part]
-            own = torch.empty(len(wanted), 1, dtype=wide, device=hidden.device) if needs else None
-            for at in range(0, logits.shape[0], few):
-                block = logits[at : at + few].to(wide, copy=True)
-                entry = None if own is None else own[at : at + few]
-                total += _softmax_block(block, wanted[at : at + few], head, entry)
-                if needs:
-                    logits[at : at + few] = block.mul_(factor)
-            if grad is not None and own is not None:
-                others = head.weight.matmul_t(logits).to(wide)
-                grad[part] = others.addcmul_(head.weight.rows(wanted).to(wide), own.mul_(factor))
+            loss, own = _softmax(logits, targets[part], head, factor, needs)
+            total += loss
+            if grad is not None:
+                rest = head.weight.matmul_t(logits)
+                if own is not None:
+                    rest = rest.to(wide).addcmul_(head.weight.rows(targets[part]).to(wide), own)
+                grad[part] = rest
+            del logits  # or two chunks would be held while the next one is computed
         if grad is not None:
             ctx.save_for_backward(grad)
         return total * factor
@@ -94,6 +93,31 @@ class _Chunked(torch.autograd.Function):
         (grad,) = ctx.saved_tensors
         # in fp32: a factor rounded to bf16 would bend every gradient alike
         return (grad.to(grads[0].dtype) * grads[0]).to(grad.dtype), None, None, None, None
+
+
+def _softmax(
+    logits: Tensor, targets: Tensor, head: Head, factor: float, needs: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of −log p(target), and what is missing of the gradient.
+
+    With `needs`, logits (n, V) become factor · d loss / d (W·h); where the targets' entries (n, 1)
+    are given apart, they are zero in it.
+    """
+    if triton_runs(logits, "loss"):
+        from tsugiki.kernels.gpu.loss import softmax_rows
+
+        return softmax_rows(logits, targets, head.scale, head.softcap, factor, needs).sum(), None
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    total = torch.zeros((), dtype=wide, device=logits.device)
+    own = logits.new_empty(len(targets), 1, dtype=wide) if needs else None
+    few = max(1, (CACHED if logits.device.type == "cpu" else GPU_CHUNK // 4) // logits.shape[1])
+    for at in range(0, logits.shape[0], few):
+        block = logits[at : at + few].to(wide, copy=True)
+        entry = None if own is None else own[at : at + few]
+        total += _softmax_block(block, targets[at : at + few], head, entry)
+        if needs:
+            logits[at : at + few] = block.mul_(factor)
+    return total, None if own is None else own.mul_(factor)
 
 
 def _softmax_block(x: Tensor, targets: Tensor, head: Head, own: Tensor | None) -> Tensor:

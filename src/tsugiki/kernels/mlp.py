@@ -8,7 +8,7 @@ goes over row blocks that stay in a core's cache. Knows no model and no names.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tsugiki.kernels.backend import triton_runs
 from tsugiki.kernels.linear import (
     FrozenWeight,
     LoraTerm,
     Shrunk,
+    grad_input,
     grad_shrunk,
-    grow,
-    pair_gradients,
+    grads_of_pairs,
+    project,
 )
 
 ROWS = 128  # of one elementwise block; a few blocks of 5,000 columns fit a core's cache
@@ -105,9 +107,26 @@ def _activate_backward(grad: Tensor, e: Tensor, activation: str, out: Tensor) ->
         )
 
 
-def _blocks(rows: int) -> Iterator[slice]:
-    for begin in range(0, rows, ROWS):
-        yield slice(begin, min(begin + ROWS, rows))
+def _blocks(x: Tensor) -> Iterator[slice]:
+    """Rows of x that are worked on together; a GPU takes all, it has no cache to stay in."""
+    rows = len(x)
+    step = ROWS if x.device.type == "cpu" else max(1, rows)
+    for begin in range(0, rows, step):
+        yield slice(begin, min(begin + step, rows))
+
+
+def _gate(e: Tensor, g: Tensor | None, activation: str) -> Tensor:
+    """act(e)·g (T, m)."""
+    if triton_runs(e, "activations"):
+        from tsugiki.kernels.gpu import activations
+
+        return activations.gate(e, g, activation)
+    h = torch.empty(e.shape, dtype=e.dtype, device=e.device)
+    for rows in _blocks(e):
+        _activate(e[rows], activation, h[rows])
+        if g is not None:
+            h[rows].mul_(g[rows])
+    return h
 
 
 def _halves(wide: list[Tensor], fused: bool) -> tuple[Tensor, Tensor | None]:
@@ -124,16 +143,10 @@ class _Feed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, feed: Feed, rate: float, *pairs: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        wide = [weight.matmul(flat) for weight, _ in feed.up]
-        above = _grow(flat, feed.up, wide, rate)
-        e, g = _halves(wide, feed.fused)
-        h = torch.empty(e.shape, dtype=e.dtype, device=e.device)
-        for rows in _blocks(len(flat)):
-            _activate(e[rows], feed.activation, h[rows])
-            if g is not None:
-                h[rows].mul_(g[rows])
-        y = feed.down[0].matmul(h)
-        below = _grow(h, (feed.down,), [y], rate)
+        weights, terms = zip(*feed.up, strict=True)
+        wide, above = project(flat, weights, terms, rate)
+        h = _gate(*_halves(wide, feed.fused), feed.activation)
+        (y,), below = project(h, feed.down[:1], feed.down[1:], rate)
         groups = [group for group in (above, below) if group is not None]
         ctx.feed, ctx.shape = feed, x.shape
         ctx.layouts = [group and (group.columns, rate, group.seed) for group in (above, below)]
@@ -150,27 +163,18 @@ class _Feed(torch.autograd.Function):
             layout and Shrunk(flat, next(saved), next(saved), *layout) for layout in ctx.layouts
         )
         grad_y = grads[0].reshape(-1, grads[0].shape[-1])
-        grad_h = feed.down[0].matmul_t(grad_y)
-        if below is not None:
-            down_grad_s = grad_shrunk(below, [feed.down[1]], [grad_y])
-            below.add_grad_x(grad_h, down_grad_s)
+        weights, terms = zip(*feed.up, strict=True)
+        grad_s, grads_b = grad_shrunk(below, feed.down[1:], [grad_y])
+        grad_h = grad_input(feed.down[:1], [grad_y], below, grad_s)
         h, grad_wide = _through_activation(grad_h, wide, feed, keep_h=below is not None)
-        pair_grads: list[Tensor] = []
-        if above is not None:
-            up_terms = [term for _, term in feed.up]
-            grad_s = grad_shrunk(above, up_terms, grad_wide)
-            pair_grads = pair_gradients(above, up_terms, grad_wide, grad_s)
         if below is not None:
-            group = dataclasses.replace(below, x=h)
-            pair_grads += pair_gradients(group, [feed.down[1]], [grad_y], down_grad_s)
+            below = dataclasses.replace(below, x=h)
+        down_pairs = grads_of_pairs(below, feed.down[1:], grad_s, grads_b)
+        grad_s, grads_b = grad_shrunk(above, terms, grad_wide)
+        pair_grads = grads_of_pairs(above, terms, grad_s, grads_b) + down_pairs
         grad_x = None
         if ctx.needs_input_grad[0]:
-            for (weight, _), grad in zip(feed.up, grad_wide, strict=True):
-                grad_x = weight.matmul_t(grad, grad_x)
-            assert grad_x is not None
-            if above is not None:
-                above.add_grad_x(grad_x, grad_s)
-            grad_x = grad_x.view(ctx.shape)
+            grad_x = grad_input(weights, grad_wide, above, grad_s).view(ctx.shape)
         return grad_x, None, None, *pair_grads
 
 
@@ -180,20 +184,25 @@ def _through_activation(
     """From dh (T, m), which is used up: h again where wanted, and the gradients of `wide`."""
     e, g = _halves(wide, feed.fused)
     h = torch.empty_like(grad_h) if keep_h else None
+    # dh is free once its block is done: the gradient of up takes its place
+    grad_wide = [torch.empty_like(wide[0]), *([grad_h] if len(wide) == 2 else [])]
+    grad_e, grad_g = _halves(grad_wide, feed.fused)
+    if triton_runs(grad_h, "activations"):
+        from tsugiki.kernels.gpu import activations
+
+        activations.gate_back(grad_h, e, g, feed.activation, h, grad_e, grad_g)
+        return h, grad_wide
     if g is None:
-        grad_e = torch.empty_like(grad_h)
-        for rows in _blocks(len(e)):
+        for rows in _blocks(e):
             if h is not None:
                 _activate(e[rows], feed.activation, h[rows])
             _activate_backward(grad_h[rows], e[rows], feed.activation, grad_e[rows])
-        return h, [grad_e]
-    # dh is free once its block is done: the gradient of up takes its place
-    grad_wide = [torch.empty_like(wide[0]), *([] if feed.fused else [grad_h])]
-    grad_e, grad_g = _halves(grad_wide, feed.fused)
+        return h, grad_wide
     assert grad_g is not None
-    act = torch.empty(min(ROWS, len(e)), e.shape[1], dtype=e.dtype, device=e.device)
+    largest = next(_blocks(e), slice(0, 0))
+    act = torch.empty(largest.stop, e.shape[1], dtype=e.dtype, device=e.device)
     product = torch.empty_like(act)
-    for rows in _blocks(len(e)):
+    for rows in _blocks(e):
         count = rows.stop - rows.start
         a = _activate(e[rows], feed.activation, act[:count])
         if h is not None:
@@ -202,8 +211,3 @@ def _through_activation(
         torch.mul(grad_h[rows], a, out=grad_g[rows])
         _activate_backward(grad_a, e[rows], feed.activation, grad_e[rows])
     return h, grad_wide
-
-
-def _grow(x: Tensor, parts: Sequence[Part], outputs: list[Tensor], rate: float) -> Shrunk | None:
-    terms = [term for _, term in parts]
-    return grow(x, terms, outputs, rate) if any(t is not None for t in terms) else None

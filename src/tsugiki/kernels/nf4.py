@@ -13,11 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from tsugiki.kernels.backend import triton_runs
 from tsugiki.kernels.quantized import ALL, Workspace
+
+if TYPE_CHECKING:
+    from tsugiki.kernels.gpu.nf4 import Packed
 
 BLOCK = 64  # weights that share a scale
 NESTED = 256  # scales that share a scale
@@ -68,21 +73,28 @@ class Nf4Codes:
         self, rows: slice, columns: slice, dtype: torch.dtype, workspace: Workspace
     ) -> Tensor:
         """A part of the matrix; columns begin and end at blocks."""
-        if self.device.type == "cuda":
-            from tsugiki.kernels.nf4_cuda import unpack
-
-            return unpack(self, dtype)[rows, columns]
         out, width = self.shape
         if self.divisible == 0:
             assert rows == columns == ALL, "blocks cross rows"
             whole = dataclasses.replace(self, shape=(len(self.absmax), BLOCK))
             flat = whole.unpack(ALL, ALL, dtype, workspace).view(-1)
             return flat[: out * width].view(out, width)
+        if self.device.type == "cuda":
+            assert rows == columns == ALL, "a GPU has no cache that tiles would stay in"
         first, last, _ = columns.indices(width)
         packed = self.packed.view(out, -1)[rows, first // 2 : last // 2]
-        scale = block_scales(self, workspace).view(out, -1)[rows, first // BLOCK : last // BLOCK]
         count, width = packed.shape[0], packed.shape[1] * 2
         tile = workspace.take("tile", count * width, dtype, self.device).view(count, width)
+        if rows == columns == ALL and triton_runs(tile, "nf4"):
+            from tsugiki.kernels.gpu import nf4 as gpu
+
+            return gpu.unpack(self._for_triton(), tile)
+        if self.device.type == "cuda":
+            from tsugiki.kernels import nf4_cuda
+
+            if nf4_cuda.available():
+                return nf4_cuda.unpack(self, dtype)
+        scale = block_scales(self, workspace).view(out, -1)[rows, first // BLOCK : last // BLOCK]
         pairs = _pairs(self.device).expand(WAYS, -1)
         step = max(1, CHUNK // width)
         for begin in range(0, count, step):
@@ -100,6 +112,23 @@ class Nf4Codes:
             if dtype != torch.float32:
                 part.view(-1).copy_(numbers)
         return tile
+
+    def product(self, x: Tensor) -> Tensor | None:
+        """x (T, in)·Wᵀ, the codes read once, where that is less work than unpacking them first."""
+        if self.divisible == 0 or not triton_runs(x, "nf4_product"):
+            return None
+        from tsugiki.kernels.gpu import nf4 as gpu
+
+        few = len(x) <= gpu.SKINNY
+        return gpu.matmul(x, self._for_triton(), self.shape[0]) if few else None
+
+    def _for_triton(self) -> Packed:
+        """The same codes with their tables."""
+        from tsugiki.kernels.gpu.nf4 import Packed
+
+        scales, offset = self.scales.view(torch.float32), self.offset.view(torch.float32)
+        tables = _levels(self.device), dynamic_map(self.device)
+        return Packed(self.packed, self.absmax, scales, offset, *tables)
 
 
 def block_scales(codes: Nf4Codes, workspace: Workspace) -> Tensor:
@@ -182,11 +211,12 @@ def _quantize_scales(values: Tensor) -> tuple[Tensor, Tensor]:
     scales = grid.abs().amax(dim=1)
     table = dynamic_map(values.device)
     scaled = (grid * scales.reciprocal()[:, None]).nan_to_num_(0.0).clamp_(-1, 1)
+    # bitsandbytes looks the nearest place up by sixteen bits (0.50, on a CPU)
+    scaled = ((scaled + 1) * 0.5 * 65535 + 0.5).to(torch.int32) / 65535 * 2 - 1
     right = torch.searchsorted(table, scaled).clamp_(1, len(table) - 1)
     left = right - 1
     nearer = (table[right] - scaled).abs() < (scaled - table[left]).abs()
     places = torch.where(nearer, right, left).to(torch.uint8)
-    places[scales == 0] = 0
     return places.view(-1)[: len(values)].clone(), scales
 
 
@@ -203,6 +233,12 @@ def dynamic_map(device: torch.device) -> Tensor:
         for sign in (1, -1):
             values += (sign * 10 ** (exponent - 6) * middles).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32).to(device)
+
+
+@lru_cache(maxsize=4)
+def _levels(device: torch.device) -> Tensor:
+    """(16,) fp32."""
+    return torch.tensor(LEVELS).to(device)
 
 
 @lru_cache(maxsize=4)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tsugiki.kernels.backend import triton_runs
+
 CELLS = 1 << 18  # of one fp32 block: fewer waste time between operations
 
 
@@ -36,6 +38,11 @@ def reference_rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float =
     return (weight.to(wide) + offset).to(x.dtype) * y.to(x.dtype)
 
 
+def _step(x: Tensor) -> int:
+    """Rows of a block; a GPU takes all at once."""
+    return max(1, CELLS // x.shape[1] if x.device.type == "cpu" else x.shape[0])
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -46,11 +53,18 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
+        ctx.offset, ctx.shape = offset, x.shape
+        if triton_runs(flat, "norms"):
+            from tsugiki.kernels.gpu import norms
+
+            out, inverse = norms.norm_rows(flat, weight, eps, offset)
+            ctx.save_for_backward(flat, inverse, weight)
+            return out.view(x.shape)
         wide = _wide(x.dtype)
         scale = weight.to(wide) + offset
         inverse = torch.empty(flat.shape[0], 1, dtype=wide, device=x.device)
         out = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
-        step = max(1, CELLS // flat.shape[1])
+        step = _step(flat)
         for begin in range(0, flat.shape[0], step):
             rows = slice(begin, begin + step)
             block = flat[rows].to(wide, copy=True)
@@ -58,17 +72,21 @@ class _RmsNorm(torch.autograd.Function):
             r = torch.rsqrt(mean, out=inverse[rows])
             out[rows] = block.mul_(r).mul_(scale)
         ctx.save_for_backward(flat, inverse, weight)
-        ctx.offset, ctx.shape = offset, x.shape
         return out.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         flat, inverse, weight = ctx.saved_tensors
+        grad = grads[0].reshape(flat.shape)
+        if triton_runs(flat, "norms"):
+            from tsugiki.kernels.gpu import norms
+
+            out = norms.norm_rows_back(grad, flat, weight, inverse, ctx.offset)
+            return out.view(ctx.shape), None, None, None
         wide = inverse.dtype
         scale = weight.to(wide) + ctx.offset
-        grad = grads[0].reshape(flat.shape)
         out = torch.empty(flat.shape, dtype=flat.dtype, device=flat.device)
-        step = max(1, CELLS // flat.shape[1])
+        step = _step(flat)
         for begin in range(0, flat.shape[0], step):
             rows = slice(begin, begin + step)
             r = inverse[rows]
@@ -107,6 +125,11 @@ def reference_rotary(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, direction: int) -> None:
     """x, out (T, heads, d); cos, sin (T, 1, 2·h). The two halves of cos and sin may differ."""
+    if triton_runs(x, "norms"):
+        from tsugiki.kernels.gpu import norms
+
+        norms.turn(x, cos[:, 0], sin[:, 0], out, direction)
+        return
     half = cos.shape[-1] // 2
     one, two = x[..., :half], x[..., half : 2 * half]
     c1, c2, s1, s2 = cos[..., :half], cos[..., half:], sin[..., :half], sin[..., half:]
@@ -124,10 +147,14 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
         tokens = x.shape[1]
-        out = torch.empty(heads, tokens, x.shape[2] // heads, dtype=x.dtype, device=x.device)
-        _turn(x.view(tokens, heads, -1), cos[0, :, None], sin[0, :, None], out.transpose(0, 1), 1)
+        # a CPU's attention folds heads, a GPU's reads tokens: each gets its rows contiguous
+        by_head = x.device.type == "cpu"
+        shape = (heads, tokens) if by_head else (tokens, heads)
+        out = torch.empty(*shape, x.shape[2] // heads, dtype=x.dtype, device=x.device)
+        by_token = out.transpose(0, 1) if by_head else out
+        _turn(x.view(tokens, heads, -1), cos[0, :, None], sin[0, :, None], by_token, 1)
         ctx.save_for_backward(cos, sin)
-        return out[None]
+        return by_token.transpose(0, 1)[None]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

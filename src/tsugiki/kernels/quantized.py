@@ -1,4 +1,4 @@
-"""Frozen weights kept in few bits: unpacked tile by tile into memory that is used again, then multiplied.
+"""Frozen weights in few bits: unpacked by tiles into memory that is used again, then multiplied.
 
 How codes become numbers is `kernels/nf4.py`'s and `kernels/int8_rows.py`'s. A tile is never larger
 than a core's share of the last cache, so that a product reads it from there, and no page is touched
@@ -65,6 +65,10 @@ class Codes(Protocol):
         """A part of the matrix, contiguous; good until the workspace is used again."""
         ...
 
+    def product(self, x: Tensor) -> Tensor | None:
+        """x (T, in)·Wᵀ without unpacking, where there is a better way for so many rows."""
+        ...
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -92,8 +96,12 @@ class QuantizedWeight:
         """x (…, in) → (…, out), the bias included. Not recorded by autograd."""
         out, width = self.shape
         flat = x.reshape(-1, width)
-        y = torch.empty(flat.shape[0], out, dtype=x.dtype, device=x.device)
         with torch.no_grad():
+            found = self.codes.product(flat)
+            if found is not None:
+                y = found if self.bias is None else found.add_(self.bias)
+                return y.view(*x.shape[:-1], out)
+            y = torch.empty(flat.shape[0], out, dtype=x.dtype, device=x.device)
             for rows in self._slices(out, width, 1):
                 tile = self.codes.unpack(rows, ALL, x.dtype, self.workspace).T
                 if self.bias is None:

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tsugiki.errors import ModelError
+from tsugiki.errors import ModelError, UsageError
 from tsugiki.kernels.int8_rows import Int8Codes, quantize_int8
 from tsugiki.kernels.linear import grouped_linear
 from tsugiki.kernels.nf4 import Nf4Codes, quantize_nf4
 from tsugiki.kernels.quantized import Codes, QuantizedWeight, Workspace
 
-Method = Literal["nf4", "int8"]
 METHODS: dict[str, Callable[[Tensor], Nf4Codes | Int8Codes]] = {
     "nf4": quantize_nf4,
     "int8": quantize_int8,
@@ -66,10 +64,11 @@ class QuantizedLinear(nn.Module):
     @property
     def codes(self) -> Codes:
         """The matrix (out, in) as the kernels read it."""
-        parts = [self.get_parameter(name) for name in PARTS[self.method]]
+        part = self.get_parameter
         if self.method == "int8":
-            return Int8Codes(*parts)
-        return Nf4Codes(*parts, (self.out_features, self.in_features))
+            return Int8Codes(part("packed"), part("scales"))
+        shape = (self.out_features, self.in_features)
+        return Nf4Codes(part("packed"), part("absmax"), part("scales"), part("offset"), shape)
 
     @property
     def frozen(self) -> QuantizedWeight:
@@ -121,6 +120,17 @@ def quantized(
         dtype,
         workspace,
     )
+
+
+def check_method(asked: str) -> str:
+    """The method as it was asked for.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if asked not in ("none", *METHODS):
+        raise UsageError("no such --quantize", got=asked, allowed=", ".join(("none", *METHODS)))
+    return asked
 
 
 def quantizable(model: nn.Module) -> dict[str, nn.Module]:

@@ -64,6 +64,13 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Noted:
+    """Something that was decided or done, for the record."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Advice:
     """A symptom, and what to change."""
 
@@ -100,4 +107,4 @@ class Finished:
     result: TrainResult
 
 
-Event = Logged | Evaluated | Sampled | Saved | Advice | Proven | Resumed | Finished
+Event = Logged | Evaluated | Sampled | Saved | Noted | Advice | Proven | Resumed | Finished

@@ -20,6 +20,7 @@ from tsugiki.adapters.attach import training_mode
 from tsugiki.data.chat import Example
 from tsugiki.data.loader import Loader
 from tsugiki.errors import RunError
+from tsugiki.memory import proof_tokens
 from tsugiki.models.int8 import LEVELS, Int8Products
 from tsugiki.models.projections import multiplying_with, stored_weight
 from tsugiki.models.wide import in_fp32
@@ -27,11 +28,6 @@ from tsugiki.training.events import Proven
 from tsugiki.training.step import LossOf, count_targets
 
 BATCHES = 4  # micro-batches whose gradient is compared
-# Of each so many tokens at most (and a row at least), since fp32 is slow: four times 2^39 products
-# of a weight and a token, both ways, take about 50 s on two cores. In a sum over fewer tokens what
-# rounding leaves is a larger share.
-WORK = 1 << 39
-TOKENS = 1024  # however large the base
 SPREAD = 0.02  # of B where it is drawn: with B = 0 the gradient of every A is zero
 MEDIAN, LOWEST = 0.998, 0.98  # cosines with fp32
 RATIOS = (0.97, 1.03)  # of the norms, ours over fp32's
@@ -138,7 +134,7 @@ def told_by(settled: Settled, step: int) -> list[Proven]:
 def few_passes(loader: Loader, parameters: int) -> list[list[Example]]:
     """The first micro-batches of a fresh loader with labels, cut to what is soon multiplied in fp32
     by a base of so many parameters."""
-    most = max(TOKENS, WORK // parameters)
+    most = proof_tokens(parameters)
     found: list[list[Example]] = []
     for _ in range(BATCHES):  # the rows may come round again
         for rows in next(loader).passes:

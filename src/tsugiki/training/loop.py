@@ -27,6 +27,7 @@ from tsugiki.data.loader import Loader
 from tsugiki.device import Decisions
 from tsugiki.errors import Interrupted, RunError
 from tsugiki.files import RunLock, atomic_write, sweep_temporary, write_json
+from tsugiki.models.checkpointing import checkpoint_layers
 from tsugiki.models.load import Base
 from tsugiki.training import metrics
 from tsugiki.training.checkpoint import newest_whole, refuse_changes, save_checkpoint
@@ -36,6 +37,7 @@ from tsugiki.training.events import (
     Event,
     Finished,
     Logged,
+    Noted,
     Resumed,
     Sampled,
     Saved,
@@ -46,6 +48,7 @@ from tsugiki.training.keeping import base_identity, keep_state, report, run_iden
 from tsugiki.training.objective import held_out_loss, summed_loss
 from tsugiki.training.ranks import ranks
 from tsugiki.training.samples import answer_all, choose_prompts
+from tsugiki.training.scaling import needs_scaling
 from tsugiki.training.schedule import learning_rate
 from tsugiki.training.signals import Signals, Stopped
 from tsugiki.training.state import Progress, pack, unpack
@@ -96,13 +99,17 @@ def train(
         if settings.method == "lora":
             generator = torch.Generator().manual_seed(settings.seed)
             attach(model, config.lora, generator=generator)
-            yield Advice(base.make_fast())
+            yield Noted(base.make_fast())
             if decisions.compute == "int8":
-                yield Advice(base.use_int8())
+                yield Noted(base.use_int8())
         else:
             model.requires_grad_(True)
+        if settings.gradient_checkpointing == "always":
+            checkpoint_layers(model)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        optimizer = make_optimizer(trained, settings.weight_decay or 0.0, device)
+        optimizer = make_optimizer(
+            trained, settings.weight_decay or 0.0, device, settings.optimizer
+        )
         assert settings.batch_size is not None
         assert settings.gradient_accumulation_steps is not None
         loader = Loader(
@@ -133,6 +140,8 @@ def train(
         began, tokens_before = time.monotonic(), progress.tokens
         seconds_before = progress.seconds
         saved = _done(progress) if progress.step else None
+        scaling = progress.scaling if needs_scaling(model) else None
+        skipped_before = progress.scaling.skipped
         if base.int8 is not None:
             base.int8.use(progress.int8_level)
         watch = Watch(total_steps)
@@ -259,10 +268,18 @@ def train(
                 done = optimiser_step(
                     step, data.passes, loss_of, trained, optimizer, rate=rate, ranks=among,
                     max_grad_norm=settings.max_grad_norm,
-                    all_norms=settings.show_grad_norms and logs,
+                    all_norms=settings.show_grad_norms and logs, scaling=scaling,
                 )  # fmt: skip
                 progress.step = step
                 progress.tokens += data.tokens
+                if done.skipped:
+                    write(metrics.METRICS, "skipped", loss_scale=progress.scaling.value)
+                    if progress.scaling.skipped == skipped_before + 1:
+                        yield Advice(
+                            f"step {step} overflowed in float16 and was skipped; a few at the "
+                            "start are normal: the loss is scaled by less until none does"
+                        )
+                    continue
                 progress.last_loss = done.loss
                 progress.log_loss += done.loss * done.labels
                 progress.log_labels += done.labels
@@ -280,6 +297,7 @@ def train(
                         metrics.METRICS, "train", epoch=data.epoch, loss=mean, lr=rate,
                         grad_norm=done.norm, tokens_per_second=speed, memory_bytes=memory,
                         **({} if done.norms is None else {"grad_norms": done.norms}),
+                        **({} if scaling is None else {"loss_scale": scaling.value}),
                     )  # fmt: skip
                     yield Logged(
                         step, total_steps, data.epoch, mean, rate, done.norm, speed, memory, eta,
@@ -292,6 +310,11 @@ def train(
             if not prepared.held_out:
                 progress.best_step = progress.step
                 keep()
+            if progress.scaling.skipped:
+                yield Advice(
+                    f"{progress.scaling.skipped} of {progress.step} steps overflowed in float16 "
+                    "and were skipped"
+                )
             if progress.first_held_out is not None and progress.best_step == 0:
                 yield Advice(
                     "training never improved the held-out loss: the kept state is the start"

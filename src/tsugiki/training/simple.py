@@ -30,6 +30,7 @@ from tsugiki.models.load import Base
 from tsugiki.models.tune import Tuned, tune, untune
 from tsugiki.training.objective import summed_loss
 from tsugiki.training.ranks import ranks
+from tsugiki.training.scaling import LossScale, needs_scaling
 from tsugiki.training.schedule import learning_rate as rate_at
 from tsugiki.training.step import make_optimizer, optimiser_step
 
@@ -57,7 +58,8 @@ def train(
         steps: optimiser steps.
 
     Returns:
-        The loss of each step, nats per labelled token.
+        The loss of each step, nats per labelled token; steps that overflowed in float16 and were
+        skipped have theirs too.
 
     Raises:
         AdapterError: nothing is attached, or not a transformers causal model.
@@ -87,12 +89,13 @@ def train(
             seed=seed,
         )
         training_mode(model, True)
+        scaling = LossScale() if needs_scaling(model) else None
         for step in range(1, steps + 1):
             done = optimiser_step(
                 step, next(loader).passes,
                 lambda *given: summed_loss(cast(Base, bare), *given), trained, optimizer,
                 rate=rate_at(step, steps, learning_rate, warmup_ratio, scheduler),
-                max_grad_norm=max_grad_norm, ranks=among,
+                max_grad_norm=max_grad_norm, ranks=among, scaling=scaling,
             )  # fmt: skip
             losses.append(done.loss)
     return losses

@@ -6,7 +6,7 @@ decide what is best. Knows no files.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tsugiki.data.loader import Loader
 from tsugiki.training.ranks import Ranks
+from tsugiki.training.scaling import LossScale
 
 
 @dataclass
@@ -22,6 +23,7 @@ class Progress:
 
     evaluated, sampled, proven: the last step whose held-out loss, samples or proof of int8
     gradients were done. int8_level: which products are int8 (`models/int8.py`).
+    scaling: of the loss, used in float16 only.
     """
 
     step: int = 0
@@ -39,6 +41,7 @@ class Progress:
     log_labels: int = 0
     proven: int = -1
     int8_level: int = 0
+    scaling: LossScale = field(default_factory=LossScale)
 
 
 def pack(
@@ -74,19 +77,24 @@ def unpack(
     ranks: Ranks,
 ) -> Progress:
     """The inverse of `pack`, onto fresh objects of the same run."""
+    moments: dict[str, dict[str, Any]] = {}
+    for stored, value in tensors.items():
+        kind, _, rest = stored.partition(".")
+        if kind == "optim":
+            key, _, name = rest.partition(".")
+            # torch counts steps in a float tensor, bitsandbytes in an int
+            counted = value.dim() == 0 and not value.is_floating_point()
+            place = trained[name].device
+            moments.setdefault(name, {})[key] = int(value) if counted else value.clone().to(place)
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(tensors[f"weights.{name}"])
-            moments = {}
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors.get(f"optim.{key}.{name}")
-                if value is not None:
-                    place = "cpu" if key == "step" and device == "cpu" else parameter.device
-                    moments[key] = value.clone().to(place)
-            if moments:
-                optimizer.state[parameter] = moments
+            if name in moments:
+                optimizer.state[parameter] = moments[name]
     torch.set_rng_state(tensors[f"rng.cpu.{ranks.rank}"])
     if device.startswith("cuda"):
         torch.cuda.set_rng_state(tensors[f"rng.cuda.{ranks.rank}"], device)
     loader.load_state_dict(state["loader"])
-    return Progress(**state["progress"])
+    counters = dict(state["progress"])
+    scaling = LossScale(**counters.pop("scaling", {}))  # older checkpoints have none
+    return Progress(**counters, scaling=scaling)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from tsugiki.data.chat import IGNORED, Example
-from tsugiki.errors import NonFiniteError
+from tsugiki.errors import NonFiniteError, UsageError
 from tsugiki.training.ranks import Ranks
+from tsugiki.training.scaling import LossScale
 
 # (examples of one pass, factor) → factor · their summed loss in nats, and the number of its labels.
 LossOf = Callable[[Sequence[Example], float], tuple[Tensor, int]]
@@ -25,20 +26,42 @@ LossOf = Callable[[Sequence[Example], float], tuple[Tensor, int]]
 
 @dataclass(frozen=True)
 class Stepped:
-    """loss: nats per labelled token. norm: of all gradients before clipping."""
+    """loss: nats per labelled token. norm: of all gradients before clipping.
+
+    skipped: it overflowed in float16 and changed nothing; loss and norm may be inf or NaN.
+    """
 
     loss: float
     labels: int
     norm: float
     norms: dict[str, float] | None
+    skipped: bool = False
 
 
 def make_optimizer(
-    trained: dict[str, nn.Parameter], decay: float, device: torch.device
-) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with torch's fused update where it has one."""
-    fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(decay_groups(trained, decay), lr=0.0, fused=fused)
+    trained: dict[str, nn.Parameter], decay: float, device: torch.device, kind: str = "adamw"
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) with torch's fused update where it has one.
+
+    kind: adamw; or adamw_8bit, paged_adamw_8bit (Dettmers et al. 2022, arXiv:2110.02861), which are
+        bitsandbytes' and not yet measured on a GPU.
+
+    Raises:
+        UsageError: bitsandbytes is not installed.
+    """
+    groups = decay_groups(trained, decay)
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, fused=device.type in ("cpu", "cuda"))
+    try:
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+    except ImportError:
+        raise UsageError(
+            f"--optimizer {kind} needs bitsandbytes, which is not installed",
+            fix="pip install bitsandbytes, or --optimizer adamw",
+        ) from None
+    made = (PagedAdamW8bit if kind.startswith("paged") else AdamW8bit)(groups, lr=0.0)
+    assert isinstance(made, torch.optim.Optimizer)
+    return made
 
 
 def optimiser_step(
@@ -52,6 +75,7 @@ def optimiser_step(
     max_grad_norm: float,
     ranks: Ranks,
     all_norms: bool = False,
+    scaling: LossScale | None = None,
 ) -> Stepped:
     """Forward and backward over this rank's passes, then one update.
 
@@ -59,28 +83,38 @@ def optimiser_step(
         number: of the step, for messages.
         passes: of all ranks together.
         all_norms: also the norm of every tensor's gradient.
+        scaling: for float16; a step that overflows is then skipped.
 
     Raises:
-        NonFiniteError: NaN or inf in the loss or a gradient; no weight was touched.
+        NonFiniteError: NaN or inf in the loss or a gradient, with `scaling` at every scale; no
+            weight was touched.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=False)
     own = ranks.share(passes)
     labels = max(1, int(ranks.sum(count_targets(own))))
+    scale = 1.0 if scaling is None else scaling.value
     total = 0.0
     for examples in own:
-        loss, _ = loss_of(examples, 1 / labels)
+        loss, _ = loss_of(examples, scale / labels)
         loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
+        total += float(loss.detach()) / scale
     total = ranks.sum(total)
-    if not math.isfinite(total):
+    finite = math.isfinite(total)
+    if not finite and scaling is None:
         raise not_finite(number, "the loss", [])
     ranks.sum_gradients(trained)
+    if scale != 1.0:
+        torch._foreach_mul_([p.grad for p in trained.values() if p.grad is not None], 1 / scale)
     norm = gradient_norm(trained)
-    if not math.isfinite(norm):
+    if not (finite and math.isfinite(norm)):
+        if scaling is not None and scaling.overflow():
+            return Stepped(total, labels, norm, None, skipped=True)
         wrong = [n for n, p in trained.items() if not _finite_grad(p)]
-        raise not_finite(number, "the gradient", wrong)
+        raise not_finite(number, "the gradient" if finite else "the loss", wrong)
+    if scaling is not None:
+        scaling.success()
     norms = None
     if all_norms:
         norms = {n: float(p.grad.norm()) for n, p in trained.items() if p.grad is not None}

@@ -1,0 +1,53 @@
+"""The verb `tsugiki export`: its flags. Knows nothing of how files are written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tsugiki.errors import UsageError
+from tsugiki.terminal import Terminal
+
+
+def export(
+    source: Annotated[str, typer.Argument(help="an adapter, run or model folder, or FILE.gguf")],
+    gguf: Annotated[
+        list[str] | None,
+        typer.Option(help="f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q3_k_m, q2_k; repeatable"),
+    ] = None,
+    gguf_lora: Annotated[
+        bool, typer.Option("--gguf-lora", help="the adapter alone, for llama.cpp --lora")
+    ] = False,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="the adapter for PEFT, vLLM, SGLang alike")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="folder, or a name ending in .gguf")] = None,
+    model: Annotated[str | None, typer.Option(help="base; default: the adapter's own")] = None,
+    untie: Annotated[bool, typer.Option("--untie", help="write a tied head apart")] = False,
+    accept_base: Annotated[
+        bool, typer.Option("--accept-base", help="take another base of these shapes")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="one JSON object a line, for machines")
+    ] = False,
+) -> None:
+    """Write a model or an adapter for llama.cpp, Ollama, vLLM or SGLang."""
+    chosen = [bool(gguf), gguf_lora, portable]
+    if sum(chosen) != 1:
+        raise UsageError(
+            "say what to export to" if not any(chosen) else "one kind of export at a time",
+            allowed="--gguf TYPE, --gguf-lora, --portable",
+            fix=f"tsugiki export {source} --gguf f16",
+        )
+    from tsugiki import shipping
+
+    terminal = Terminal(as_json=as_json)
+    how: dict[str, Any] = {"model": model, "accept_base": accept_base}
+    if gguf:
+        shipping.export_gguf(source, gguf, output, terminal, untie=untie, **how)
+    elif gguf_lora:
+        shipping.export_lora(source, output, terminal, **how)
+    else:
+        shipping.export_portable(source, output, terminal, **how)

@@ -1,0 +1,1 @@
+"""The ways out: GGUF files of models and adapters, and how to run them elsewhere."""

@@ -1,0 +1,1 @@
+"""File formats of other programs, as pure functions over tensors: GGUF and llama.cpp."""

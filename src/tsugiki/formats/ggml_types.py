@@ -1,0 +1,49 @@
+"""ggml's types of tensors: code, name, elements and bytes of a block. Knows nothing of files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class GgmlType:
+    """How elements are stored: `block` of them in `nbytes` bytes, along a row."""
+
+    code: int
+    name: str
+    block: int
+    nbytes: int
+
+    @property
+    def quantised(self) -> bool:
+        """Whether elements share a block."""
+        return self.block > 1
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a row; `columns` is a multiple of `block`."""
+        return columns // self.block * self.nbytes
+
+
+# As `ggml_type_name`, `ggml_blck_size` and `ggml_type_size` of the pinned llama.cpp tell them.
+_TYPES = (
+    (0, "F32", 1, 4), (1, "F16", 1, 2), (2, "Q4_0", 32, 18), (3, "Q4_1", 32, 20),
+    (6, "Q5_0", 32, 22), (7, "Q5_1", 32, 24), (8, "Q8_0", 32, 34), (9, "Q8_1", 32, 36),
+    (10, "Q2_K", 256, 84), (11, "Q3_K", 256, 110), (12, "Q4_K", 256, 144), (13, "Q5_K", 256, 176),
+    (14, "Q6_K", 256, 210), (15, "Q8_K", 256, 292), (16, "IQ2_XXS", 256, 66),
+    (17, "IQ2_XS", 256, 74), (18, "IQ3_XXS", 256, 98), (19, "IQ1_S", 256, 50),
+    (20, "IQ4_NL", 32, 18), (21, "IQ3_S", 256, 110), (22, "IQ2_S", 256, 82),
+    (23, "IQ4_XS", 256, 136), (24, "I8", 1, 1), (25, "I16", 1, 2), (26, "I32", 1, 4),
+    (27, "I64", 1, 8), (28, "F64", 1, 8), (29, "IQ1_M", 256, 56), (30, "BF16", 1, 2),
+    (34, "TQ1_0", 256, 54), (35, "TQ2_0", 256, 66), (39, "MXFP4", 32, 17), (40, "NVFP4", 64, 36),
+    (41, "Q1_0", 128, 18), (42, "Q2_0", 64, 18),
+)  # fmt: skip
+TYPE_CODES: dict[int, GgmlType] = {row[0]: GgmlType(*row) for row in _TYPES}
+TYPES: dict[str, GgmlType] = {kind.name: kind for kind in TYPE_CODES.values()}
+# Those that numpy knows.
+PLAIN: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "F64": np.dtype("<f8"), "I8": np.dtype("<i1"),
+    "I16": np.dtype("<i2"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8"),
+}  # fmt: skip

@@ -1,0 +1,1 @@
+"""The real llama.cpp, prebuilt, in a process of its own (`process`)."""
