@@ -95,7 +95,7 @@ def decide(
         kind, why_dtype = _dtype(chosen, hidden_size, stored_dtype)
     reasons = {"device": why_device, "dtype": why_dtype, "threads": f"{threads} usable cores"}
     if compute == "int8":
-        compute, reasons["compute"] = _compute(chosen, kind, hidden_size)
+        compute, reasons["compute"] = choose_compute(chosen, kind, hidden_size)
     return Decisions(chosen, kind, threads, reasons, compute)
 
 
@@ -182,8 +182,8 @@ def _dtype(device: str, hidden_size: int, stored: str | None) -> tuple[str, str]
     return "float32", f"bf16 is not faster here (probe: {ratio:.1f}×){suffix}"
 
 
-def _compute(device: str, dtype: str, hidden_size: int) -> tuple[str, str]:
-    """Whether int8 products were worth it here, and why (not)."""
+def choose_compute(device: str, dtype: str, hidden_size: int) -> tuple[str, str]:
+    """int8 or bf16 (that is, in dtype) where int8 is asked for, and why."""
     own = f"products stay in {dtype}"
     if device != "cpu":
         return "bf16", f"int8 products are written for CPUs; {own}"
@@ -194,7 +194,7 @@ def _compute(device: str, dtype: str, hidden_size: int) -> tuple[str, str]:
     except (RuntimeError, AttributeError) as error:
         return "bf16", f"this torch has no int8 product ({str(error).splitlines()[0]}); {own}"
     if ratio >= WORTHWHILE:
-        return "int8", f"asked for; a probe ran {ratio:.1f}× faster in int8 than in {dtype}"
+        return "int8", f"a probe ran {ratio:.1f}× faster in int8 than in {dtype}"
     return "bf16", f"int8 is not faster here (probe: {ratio:.1f}×); {own}"
 
 
