@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.text import Text
 
 from tsugiki.adapters.origin import adapter_folder, find_base
 from tsugiki.errors import DataError
 from tsugiki.files import human_bytes
+from tsugiki.formats.mixes import find_kind
 from tsugiki.merging import NAMES, Merged, plan_merge, type_code, write_merged
 from tsugiki.terminal import Terminal
+
+if TYPE_CHECKING:  # both import transformers, which merging does without
+    from tsugiki.proof.artefact import Artefact
+    from tsugiki.proof.gguf.artefact import GgufArtefact
 
 
 def merge_adapter(
@@ -95,9 +102,10 @@ def verify_pair(
     """Compare two artefacts and show the table; true when nothing is beyond its limit.
 
     Args:
-        reference, candidate: adapter or run folders, model folders, Hub names.
+        reference, candidate: adapter or run folders, model folders, Hub names, FILE.gguf,
+            FILE.gguf+LORA.gguf.
         model: the base of whichever is an adapter; its own when None.
-        dtype: the type that was asked of the candidate: f32, bf16 or f16.
+        dtype: the type that was asked of the candidate: f32, bf16, f16; of a file also q4_k_m …
         max_error, max_kl: limits of the logits instead of those of the type.
         text: a text file whose first tokens' perplexities are compared.
         layer_by_layer: stream the weights even where a model would fit in memory.
@@ -106,23 +114,26 @@ def verify_pair(
         TsugikiError: one of the two cannot be read; it is named.
     """
     from tsugiki.planning import free_memory
-    from tsugiki.proof.artefact import open_artefact
+    from tsugiki.proof.gguf.artefact import GgufArtefact
+    from tsugiki.proof.gguf.verify import verify_gguf
     from tsugiki.proof.verify import verify
 
     began = time.monotonic()
     read = None if text is None else read_text(text)
-    first = open_artefact(reference, model, accept_base=accept_base)
-    second = open_artefact(candidate, model, accept_base=accept_base)
-    asked = None if dtype is None else NAMES[type_code(dtype)]
-    report = verify(
-        first,
-        second,
-        dtype=asked,
-        max_error=max_error,
-        max_kl=max_kl,
-        memory=0 if layer_by_layer else free_memory("cpu"),
-        text=read,
-    )
+    first = open_either(reference, model, accept_base)
+    second = open_either(candidate, model, accept_base)
+    how: dict[str, Any] = {
+        "max_error": max_error,
+        "max_kl": max_kl,
+        "memory": 0 if layer_by_layer else free_memory("cpu"),
+        "text": read,
+    }
+    if not isinstance(first, GgufArtefact) and not isinstance(second, GgufArtefact):
+        asked = None if dtype is None else NAMES[type_code(dtype)]
+        report = verify(first, second, dtype=asked, **how)
+    else:
+        kind = None if dtype is None else find_kind(dtype).name
+        report = verify_gguf(first, second, dtype=kind, threads=torch.get_num_threads(), **how)
     for note in report.notes:
         terminal.say("note", Text(f"note: {note}", style="yellow"), text=note)
     terminal.heading(f"{report.candidate} against {report.reference}")
@@ -139,6 +150,21 @@ def verify_pair(
         seconds=seconds,
     )
     return report.ok
+
+
+def open_either(given: str, model: str | None, accept_base: bool) -> Artefact | GgufArtefact:
+    """A folder, an adapter, a Hub name, FILE.gguf or FILE.gguf+LORA.gguf.
+
+    Raises:
+        TsugikiError: not there, not whole, another base; named.
+    """
+    from tsugiki.proof.artefact import open_artefact
+    from tsugiki.proof.gguf.artefact import gguf_paths, open_gguf_artefact
+
+    files = gguf_paths(given)
+    if files is not None:
+        return open_gguf_artefact(given, *files)
+    return open_artefact(given, model, accept_base=accept_base)
 
 
 def read_text(path: Path) -> str:

@@ -79,34 +79,15 @@ def compare_logits(
     ours, plain, first = logits_of(reference, probe, memory)
     theirs, _, second = logits_of(candidate, probe, memory)
     if ours.shape != theirs.shape:
-        text = f"{theirs.shape[-1]} logits, the reference has {ours.shape[-1]}"
-        return [Check(STEP, "number of logits", text, "equal", False)]
+        return [unequal_shapes(ours, theirs)]
     limits = LIMITS[_coarser(reference.dtype(), candidate.dtype())]
     error = limits[0] if max_error is None else max_error
     kl = limits[1] if max_kl is None else max_kl
-    d = distance(ours, theirs)
-    where = f"{len(probe.at)} positions, spread {d.spread:.3g}"
-    checks = [
-        Check(
-            STEP,
-            f"largest difference / spread ({where})",
-            f"{d.error:.2e}",
-            f"{error:.0e}",
-            d.error <= error and d.spread > 0,
-            ("the reference's logits do not spread: nothing can be told",) * (d.spread == 0),
-            d.error,
-        ),
-        Check(STEP, "mean KL", f"{d.kl:.2e}", f"{kl:.0e}", d.kl <= kl, (), d.kl),
-        Check(STEP, "largest KL, same first choice", f"{d.worst_kl:.1e}, {d.top1:.1%}", "–", True),
-    ]
+    checks = closeness(distance(ours, theirs), len(probe.at), error, kl)
     if text is not None:
-        checks.append(_perplexities(ours, theirs, probe, limits[2]))
+        checks.append(perplexities(ours, theirs, probe, limits[2]))
     if plain is not None:
-        effect = float((ours - plain).square().mean().sqrt() / plain.std().clamp_min(1e-30))
-        dead = ("the adapter changes nothing: it is as it was before training",) * (effect == 0)
-        checks.append(
-            Check(STEP, "what the adapter moves / spread", f"{effect:.2g}", "–", True, dead, effect)
-        )
+        checks.append(effect_of(ours, plain))
     if first or second:
         held = human_bytes(max(first, second))
         name = "weights in memory, module by module"
@@ -114,6 +95,38 @@ def compare_logits(
             Check(STEP, name, f"{held} at most", "–", True, (), float(max(first, second)))
         )
     return checks
+
+
+def unequal_shapes(ours: Tensor, theirs: Tensor) -> Check:
+    """Two vocabularies: nothing more can be compared."""
+    text = f"{theirs.shape[-1]} logits, the reference has {ours.shape[-1]}"
+    return Check(STEP, "number of logits", text, "equal", False)
+
+
+def closeness(d: Distance, positions: int, error: float, kl: float) -> list[Check]:
+    """A distance beside its limits."""
+    where = f"{positions} positions, spread {d.spread:.3g}"
+    flat = ("the reference's logits do not spread: nothing can be told",) * (d.spread == 0)
+    return [
+        Check(
+            STEP,
+            f"largest difference / spread ({where})",
+            f"{d.error:.2e}",
+            f"{error:.0e}",
+            d.error <= error and d.spread > 0,
+            flat,
+            d.error,
+        ),
+        Check(STEP, "mean KL", f"{d.kl:.2e}", f"{kl:.0e}", d.kl <= kl, (), d.kl),
+        Check(STEP, "largest KL, same first choice", f"{d.worst_kl:.1e}, {d.top1:.1%}", "–", True),
+    ]
+
+
+def effect_of(ours: Tensor, plain: Tensor) -> Check:
+    """How much an adapter moves the logits (n, V) of its base."""
+    effect = float((ours - plain).square().mean().sqrt() / plain.std().clamp_min(1e-30))
+    dead = ("the adapter changes nothing: it is as it was before training",) * (effect == 0)
+    return Check(STEP, "what the adapter moves / spread", f"{effect:.2g}", "–", True, dead, effect)
 
 
 def logits_of(
@@ -142,25 +155,32 @@ def logits_of(
     return run(base, probe), plain, largest
 
 
-def make_probe(artefact: Artefact, text: str | None = None) -> Probe:
+def make_probe(artefact: Artefact, text: str | None = None, longest: int | None = None) -> Probe:
     """Rendered prompts, random ids and the start of a text.
 
     At most `KEPT` logits; the last position of each sequence and the text's come first.
+
+    Args:
+        longest: tokens of a sequence; what the model takes when None.
     """
     spec = ModelSpec.from_folder(artefact.stored.folder)
-    vocabulary, context = spec.vocab_size, spec.context
+    words = [] if text is None else token_ids(artefact, text)
+    return lay_probe(prompts(artefact), words, spec.vocab_size, longest or spec.context)
+
+
+def lay_probe(asked: list[list[int]], words: list[int], vocabulary: int, context: int) -> Probe:
+    """Prompts, random ids and a text's ids, end to end."""
     generator = torch.Generator().manual_seed(20240229)
-    rows = [ids[-context:] for ids in prompts(artefact)]
+    rows = [ids[-context:] for ids in asked]
     for length in RANDOM:
         drawn = torch.randint(0, vocabulary, (min(length, context),), generator=generator)
         rows.append(drawn.tolist())
     following = [-1] * sum(len(row) for row in rows)
-    if text is not None:
-        size = min(TEXT, context)
-        words = token_ids(artefact, text)[: 4 * size]
-        for start in range(0, len(words), size):
-            rows.append(words[start : start + size])
-            following += [*rows[-1][1:], -1]
+    size = min(TEXT, context)
+    words = words[: 4 * size]
+    for start in range(0, len(words), size):
+        rows.append(words[start : start + size])
+        following += [*rows[-1][1:], -1]
     lengths = tuple(len(row) for row in rows)
     total = sum(lengths)
     first = torch.zeros(total, dtype=torch.bool)
@@ -173,7 +193,7 @@ def make_probe(artefact: Artefact, text: str | None = None) -> Probe:
     return Probe(ids, lengths, at, torch.tensor(following)[at])
 
 
-def _perplexities(ours: Tensor, theirs: Tensor, probe: Probe, limit: float) -> Check:
+def perplexities(ours: Tensor, theirs: Tensor, probe: Probe, limit: float) -> Check:
     """exp of the mean loss on the text, the candidate's over the reference's."""
     known = probe.following >= 0
     if not bool(known.any()):

@@ -8,7 +8,7 @@ own quantisation of it. Knows no names and no files.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,6 +34,11 @@ COEFFICIENTS = {
 ANY_TYPE = (0.95, 1.01)  # what is not in the table
 SLACK = 0.005  # beyond that is a fault
 FEW = 8  # blocks: so few in a whole file that is equal otherwise are damage
+# The file's error in 32 numbers over ours: an importance matrix or 16 bits on the way make a few
+# times, a wrong high bit thousands.
+WORST = 100.0
+EFFECT, DOUBTS = 0.1, 5.0  # of the adapter's part, beside standard errors
+ABOUT = 0.05
 
 
 @dataclass
@@ -58,7 +63,6 @@ class Errors:
     count: int = 0
     made: bool = True
     finite: bool = True
-    groups: list[float] = field(default_factory=list)
 
     @property
     def coefficient(self) -> float:
@@ -100,21 +104,26 @@ def measure(
     kind: GgmlType,
     columns: int,
     make: Make | None,
+    values: Iterator[Tensor] | None = None,
 ) -> Errors:
     """Hold a file's bytes to the reference's numbers.
 
     Args:
         blocks: the reference in fp32, some rows at a time. bases: the same without the adapter.
         raw: the file's bytes, (rows, bytes of a row).
+        values: the file's numbers, where an adapter lies over them; else what `raw` stands for.
     """
     found = Errors(made=make is not None)
     at = 0
     for w in blocks:
         stored = raw[at : at + len(w)]
         at += len(w)
-        decoded = decode_numbers(stored, kind, columns)
-        assert decoded is not None, "the caller knows the types"
-        q = torch.from_numpy(np.array(decoded)).reshape(w.shape)
+        if values is not None:
+            q = next(values)
+        else:
+            decoded = decode_numbers(stored, kind, columns)
+            assert decoded is not None, "the caller knows the types"
+            q = torch.from_numpy(np.array(decoded)).reshape(w.shape)
         found.finite = found.finite and bool(torch.isfinite(q).all())
         bytes_ = make(w) if make else None
         o = None
@@ -131,6 +140,42 @@ def measure(
                 o = q
         _add(found, w, q, o, next(bases) if bases is not None else None)
     return found
+
+
+def judge(found: Errors, kind: GgmlType, scale: float) -> str | None:
+    """What is wrong with a tensor, for people; None where it is the reference's.
+
+    scale: the adapter's, to tell one that was applied twice.
+    """
+    if not found.finite:
+        return "holds NaN or inf"
+    if found.made and not found.differing:
+        return None
+    low, high = COEFFICIENTS.get(kind.name, ANY_TYPE)
+    if found.expected is not None:
+        low = high = found.expected
+    words = []
+    if not low - SLACK <= found.coefficient <= high + SLACK:
+        words.append(f"coefficient {found.coefficient:.4f}, expected {low:.4f} to {high:.4f}")
+    if found.effect is not None and abs(found.effect - 1) > EFFECT + DOUBTS * found.doubt:
+        words += effect_words(found.effect, scale)
+    if found.worst > WORST:
+        words.append(f"32 numbers have {found.worst:.3g} times the type's error")
+    if words and found.made:
+        words.append(f"{found.differing} of {found.blocks} blocks differ")
+    return ", ".join(words) or None
+
+
+def effect_words(effect: float, scale: float) -> list[str]:
+    """How often the adapter's part is in a tensor, and what that looks like."""
+    words = [f"the adapter's part {effect:.3f} times"]
+    if abs(effect) < ABOUT:
+        words.append("the adapter is not in it")
+    elif scale != 1 and abs(effect / scale - 1) < ABOUT:
+        words.append("the scale was applied twice")
+    elif abs(effect - 2) < ABOUT:
+        words.append("it was merged twice")
+    return words
 
 
 def _add(found: Errors, w: Tensor, q: Tensor, o: Tensor | None, base: Tensor | None) -> None:
