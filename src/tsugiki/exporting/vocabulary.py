@@ -6,7 +6,6 @@ none. Knows no tensors and nothing of GGUF's keys.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer

@@ -1,4 +1,4 @@
-"""The pieces of a tokenizer.model, SentencePiece's own file: texts, scores, kinds. Knows no keys."""
+"""The pieces of a tokenizer.model, SentencePiece's own file. Knows no keys of GGUF."""
 
 from __future__ import annotations
 

@@ -48,11 +48,13 @@ class Probe:
 class Distance:
     """How far two sets of logits are apart.
 
-    error: max |difference| / standard deviation of the reference. kl: mean of KL(reference ‖
+    error: max |difference| / standard deviation of the reference; mean: root of the mean square,
+    so. kl: mean of KL(reference ‖
     candidate) over positions, in nats. top1: share of positions with the same likeliest token.
     """
 
     error: float
+    mean: float
     kl: float
     worst_kl: float
     top1: float
@@ -103,21 +105,19 @@ def unequal_shapes(ours: Tensor, theirs: Tensor) -> Check:
     return Check(STEP, "number of logits", text, "equal", False)
 
 
-def closeness(d: Distance, positions: int, error: float, kl: float) -> list[Check]:
-    """A distance beside its limits."""
+def closeness(
+    d: Distance, positions: int, error: float, kl: float, *, mean: bool = False
+) -> list[Check]:
+    """A distance beside its limits; `error` is of the largest difference, or of their mean."""
     where = f"{positions} positions, spread {d.spread:.3g}"
     flat = ("the reference's logits do not spread: nothing can be told",) * (d.spread == 0)
+    value, name = (d.mean, "mean difference") if mean else (d.error, "largest difference")
+    fine = value <= error and d.spread > 0
+    name = f"{name} / spread ({where})"
+    told = "–" if math.isinf(kl) else f"{kl:.0e}"
     return [
-        Check(
-            STEP,
-            f"largest difference / spread ({where})",
-            f"{d.error:.2e}",
-            f"{error:.0e}",
-            d.error <= error and d.spread > 0,
-            flat,
-            d.error,
-        ),
-        Check(STEP, "mean KL", f"{d.kl:.2e}", f"{kl:.0e}", d.kl <= kl, (), d.kl),
+        Check(STEP, name, f"{value:.2e}", f"{error:.0e}", fine, flat, value),
+        Check(STEP, "mean KL", f"{d.kl:.2e}", told, d.kl <= kl, (), d.kl),
         Check(STEP, "largest KL, same first choice", f"{d.worst_kl:.1e}, {d.top1:.1%}", "–", True),
     ]
 
@@ -205,7 +205,8 @@ def perplexities(ours: Tensor, theirs: Tensor, probe: Probe, limit: float) -> Ch
     ratio = math.exp(min(losses[1] - losses[0], 700.0)) if losses[1] == losses[1] else math.inf
     figure = f"{math.exp(min(losses[0], 700.0)):.4g}, ratio {ratio:.6f}"
     name = f"perplexity on {int(known.sum())} tokens of text"
-    return Check(STEP, name, figure, f"1 ± {limit:g}", abs(ratio - 1) <= limit, (), ratio)
+    told = "–" if math.isinf(limit) else f"1 ± {limit:g}"
+    return Check(STEP, name, figure, told, abs(ratio - 1) <= limit, (), ratio)
 
 
 def run(base: Base, probe: Probe) -> Tensor:
@@ -217,13 +218,15 @@ def run(base: Base, probe: Probe) -> Tensor:
 def distance(ours: Tensor, theirs: Tensor) -> Distance:
     """Of the candidate's logits (n, V) from the reference's; NaN counts as infinitely far."""
     spread = float(ours.std())
-    error = float((theirs - ours).abs().max()) / spread if spread > 0 else 0.0
+    apart = theirs - ours
+    error = float(apart.abs().max()) / spread if spread > 0 else 0.0
+    mean = float(apart.square().mean().sqrt()) / spread if spread > 0 else 0.0
     a, b = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
     kl = (a.exp() * (a - b)).sum(-1)
     if not bool(torch.isfinite(theirs).all()):
-        return Distance(float("inf"), float("inf"), float("inf"), 0.0, spread)
+        return Distance(math.inf, math.inf, math.inf, math.inf, 0.0, spread)
     top1 = float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
-    return Distance(error, float(kl.mean().clamp_min(0)), float(kl.max()), top1, spread)
+    return Distance(error, mean, float(kl.mean().clamp_min(0)), float(kl.max()), top1, spread)
 
 
 def _coarser(a: str, b: str) -> str:

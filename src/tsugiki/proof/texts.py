@@ -138,9 +138,7 @@ def compare_templates(reference: Artefact, candidate: Artefact) -> list[Check]:
     for talk in TALKS:
         a, b = prompt_of(ours, talk), prompt_of(theirs, talk)
         if a != b:
-            wrong.append(
-                f"{talk[-1].content[:20]!r} ({len(talk)} turns): {first_difference(a, b)}"
-            )
+            wrong.append(f"{talk[-1].content[:20]!r} ({len(talk)} turns): {first_difference(a, b)}")
     stop = []
     if ours.stop_id != theirs.stop_id:
         stop.append(f"answers end with {theirs.stop_id}, the reference's with {ours.stop_id}")

@@ -121,7 +121,9 @@ class GgufArtefact:
                 base.shape[::-1] if pair.embedding else base.shape
             )
             if not fits or pair.a.shape[0] != pair.b.shape[1]:
-                wrong.append(f"{name}: {tuple(pair.b.shape)} · {tuple(pair.a.shape)} for {base.shape}")
+                wrong.append(
+                    f"{name}: {tuple(pair.b.shape)} · {tuple(pair.a.shape)} for {base.shape}"
+                )
                 continue
             found[name] = pair
         if wrong or not found:

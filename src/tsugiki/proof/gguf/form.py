@@ -251,7 +251,7 @@ def _regroup(pieces: Iterator[Tensor], columns: int, step: int) -> Iterator[Tens
         if count >= size:
             joined = torch.cat(waiting)
             full = count // size * size
-            yield from joined[:full].reshape(-1, columns).split(step)
+            yield from torch.split(joined[:full].reshape(-1, columns), step)
             waiting, count = [joined[full:]], count - full
     if count:
         yield torch.cat(waiting).reshape(-1, columns)

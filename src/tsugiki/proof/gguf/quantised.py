@@ -1,4 +1,4 @@
-"""A quantised tensor beside its reference: quantised again by ggml, byte for byte, or by its errors.
+"""A quantised tensor beside its reference: quantised again, byte for byte, or by its errors.
 
 The same numbers give the same bytes. Where they do not (another build of llama.cpp, an importance
 matrix, a rounding to 16 bits on the way) the file's numbers are held to the reference and to our

@@ -7,6 +7,7 @@ its meaning. Knows no tensors.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -118,9 +119,8 @@ def compare_type(file: GgufArtefact, asked: str | None) -> Check:
     asked: q4_k_m, f16 …; None: what the file says of itself. In the quantised types, rows that hold
     no whole blocks have another type than the file says; which is told, not judged.
     """
-    types = file.matrices.values()
-    counts = {name: sum(t.name == name for t in types) for name in dict.fromkeys(t.name for t in types)}
-    told = ", ".join(f"{name} × {n}" for name, n in sorted(counts.items(), key=lambda item: -item[1]))
+    counts = Counter(kind.name for kind in file.matrices.values())
+    told = ", ".join(f"{name} × {n}" for name, n in counts.most_common())
     said, wrong = file.said_type, []
     if asked is not None and said != asked:
         wrong.append(f"the file says {said}, {asked} was asked")

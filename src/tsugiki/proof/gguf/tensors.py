@@ -101,8 +101,8 @@ def _compare(mine: Numbers, other: Numbers, llama: LlamaCpp | None) -> Outcome:
     bases = mine.read(False) if changed and mine.changed else None
     sizes = decode_numbers(other.raw[:1], other.type, other.columns)
     if sizes is None:
-        fault = f"{other.name}: nobody here can read type {other.type.name}"
-        return Outcome(other.name, True, fault, 1, 1, 0.0)
+        unreadable = f"{other.name}: nobody here can read type {other.type.name}"
+        return Outcome(other.name, True, unreadable, 1, 1, 0.0)
     errors = measure(
         mine.read(changed), bases, other.raw, other.type, other.columns, make,
         other.read(changed) if other.pair is not None and changed else None,
@@ -110,7 +110,7 @@ def _compare(mine: Numbers, other: Numbers, llama: LlamaCpp | None) -> Outcome:
     fault = judge(errors, other.type, mine.scale)
     if fault is not None and _rows_in_checkpoint_order(mine, other):
         fault += ", its rows are in the checkpoint's order: not permuted"
-    told = None if fault is None else f"{other.name} ({other.type.name}): {fault}"
+    told = f"{other.name} ({other.type.name}): {fault}" if fault else None
     if make is None:
         return Outcome(other.name, True, told, 1, 1, 0.0)
     return Outcome(other.name, True, told, errors.differing, errors.blocks, errors.worst)

@@ -73,9 +73,9 @@ def compare_templates(
         if i not in known
     ]
     stops = found(TEMPLATE, "tokens that end an answer", lost, len(ours.stop_ids), "tokens")
+    name = "prompts of conversations"
     if theirs is None and not ours.tokenizer.chat_template and ours.name == "plain":
-        return [Check(TEMPLATE, "prompts of conversations", "no template on either side", "–", True),
-                stops]  # fmt: skip
+        return [Check(TEMPLATE, name, "no template on either side", "–", True), stops]
     if theirs is None:
         line = f"the file has no {TEMPLATE_KEY}, the reference speaks {ours.name!r}"
         return [found(TEMPLATE, "prompts of conversations", [line], 1, "templates"), stops]
@@ -109,7 +109,8 @@ def _compare_strings(
 ) -> Check:
     added = _added(reference)
     strings = list(dict.fromkeys([*STRINGS, *added, *(f"a {t} b{t}c" for t in added)]))
-    wrong, told = [], []
+    wrong: list[str] = []
+    told: list[str] = []
     for special in (True, False):
         ours = _ids(reference, strings, special, llama)
         theirs = _ids(file, strings, special, llama)
@@ -190,7 +191,7 @@ def _unlike(key: str, ours: Any, theirs: Any) -> list[str]:
     if len(a) != len(b):
         lines.append(f"{key}: {len(b):,}, the reference has {len(a):,}")
     if not isinstance(next(iter(a), ""), str):
-        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        a, b = (np.asarray(x, np.float32).tolist() for x in (a, b))
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             lines.append(f"{_name(key)} {i}: {_shown(key, y)}, the reference has {_shown(key, x)}")
@@ -205,7 +206,7 @@ def _name(key: str) -> str:
 def _shown(key: str, value: Any) -> str:
     if key == "token_type":
         names = {int(kind): kind.name for kind in TokenType}
-        return names.get(int(value), str(int(value)))
+        return str(names.get(int(value), int(value)))
     return repr(value) if isinstance(value, str) else f"{float(value):g}"
 
 

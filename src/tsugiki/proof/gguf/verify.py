@@ -7,13 +7,14 @@ in the extra [gguf].
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 from tsugiki.formats.llama_cpp.process import LlamaCpp
 from tsugiki.proof.artefact import Artefact
 from tsugiki.proof.checks import Check, Report, run_steps
 from tsugiki.proof.gguf.artefact import GgufArtefact, bits
 from tsugiki.proof.gguf.form import Form, form_of
-from tsugiki.proof.gguf.logits import compare_logits
+from tsugiki.proof.gguf.logits import compare_logits, limited
 from tsugiki.proof.gguf.settings import compare_settings, compare_type
 from tsugiki.proof.gguf.tensors import compare_tensors
 from tsugiki.proof.gguf.texts import compare_templates, compare_tokens
@@ -44,14 +45,14 @@ def verify_gguf(
     """
     reference, file, swapped = _in_order(reference, candidate)
     notes = [*reference.notes, *file.notes]
+    if isinstance(reference, Artefact):
+        notes += limited(reference)
     if swapped:
         notes.append(f"{reference.name} is the reference: its numbers are the exact ones")
-    forms: list[Form] = []
 
-    def both() -> list[Form]:
-        if not forms:
-            forms.extend((form_of(reference), form_of(file)))
-        return forms
+    @cache
+    def both() -> tuple[Form, Form]:
+        return form_of(reference), form_of(file)
 
     with LlamaCpp(threads) as llama:
         steps: list[tuple[str, Callable[[], list[Check]]]] = [
@@ -66,9 +67,7 @@ def verify_gguf(
             steps.append(
                 (
                     "5 logits",
-                    lambda: compare_logits(
-                        reference, file, llama, **how, memory=memory, text=text
-                    ),
+                    lambda: compare_logits(reference, file, llama, **how, memory=memory, text=text),
                 )
             )
         checks = run_steps(steps)
