@@ -58,7 +58,9 @@ def tiny_model(family: str, seed: int = 0, vocab: int = 320) -> nn.Module:
     return model
 
 
-def save_wide(family: str, folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+def save_wide(
+    family: str, folder: Path, tokenizer: PreTrainedTokenizerFast, **settings: Any
+) -> Path:
     """Two layers of width 256: rows that hold whole blocks of every K-quant."""
     config = tiny_config(family, len(tokenizer)).to_dict()
     config.pop("layer_types", None)
@@ -69,6 +71,7 @@ def save_wide(family: str, folder: Path, tokenizer: PreTrainedTokenizerFast) -> 
         config["num_hidden_layers"] = 2
     if "query_pre_attn_scalar" in config:
         config["query_pre_attn_scalar"] = 64
+    config |= settings
     with torch.random.fork_rng():
         torch.manual_seed(0)
         made = AutoConfig.for_model(config.pop("model_type"), **config)

@@ -8,7 +8,8 @@ at all. Knows no tensors.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -34,14 +35,19 @@ RANDOM = (48, 64, 33)  # lengths of the sequences of random ids
 class Probe:
     """Sequences laid end to end, and the positions whose logits are compared.
 
-    ids (1, T); at (n,); following (n,): the next token of the text at that position, -1 where
-    there is none.
+    ids (1, T); at (n,); following (n,): the next token of a text at that position, -1 where there
+    is none; text (n,): which of the texts.
     """
 
     ids: Tensor
     lengths: tuple[int, ...]
     at: Tensor
     following: Tensor
+    text: Tensor
+
+    def reading(self, text: int) -> Probe:
+        """The same with one of its texts to read."""
+        return replace(self, following=torch.where(self.text == text, self.following, -1))
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def compare_logits(
         memory: bytes that a model may take; one that needs more in fp32 runs module by module.
         text: its first tokens are run too, and the two perplexities compared.
     """
-    probe = make_probe(reference, text)
+    probe = make_probe(reference, () if text is None else (text,))
     ours, plain, first = logits_of(reference, probe, memory)
     theirs, _, second = logits_of(candidate, probe, memory)
     if ours.shape != theirs.shape:
@@ -155,32 +161,36 @@ def logits_of(
     return run(base, probe), plain, largest
 
 
-def make_probe(artefact: Artefact, text: str | None = None, longest: int | None = None) -> Probe:
-    """Rendered prompts, random ids and the start of a text.
+def make_probe(artefact: Artefact, texts: Sequence[str] = (), longest: int | None = None) -> Probe:
+    """Rendered prompts, random ids and the start of each text.
 
-    At most `KEPT` logits; the last position of each sequence and the text's come first.
+    At most `KEPT` logits; the last position of each sequence and the texts' come first.
 
     Args:
         longest: tokens of a sequence; what the model takes when None.
     """
     spec = ModelSpec.from_folder(artefact.stored.folder)
-    words = [] if text is None else token_ids(artefact, text)
+    words = [token_ids(artefact, text) for text in texts]
     return lay_probe(prompts(artefact), words, spec.vocab_size, longest or spec.context)
 
 
-def lay_probe(asked: list[list[int]], words: list[int], vocabulary: int, context: int) -> Probe:
-    """Prompts, random ids and a text's ids, end to end."""
+def lay_probe(
+    asked: list[list[int]], texts: Sequence[list[int]], vocabulary: int, context: int
+) -> Probe:
+    """Prompts, random ids and texts' ids, end to end."""
     generator = torch.Generator().manual_seed(20240229)
     rows = [ids[-context:] for ids in asked]
     for length in RANDOM:
         drawn = torch.randint(0, vocabulary, (min(length, context),), generator=generator)
         rows.append(drawn.tolist())
     following = [-1] * sum(len(row) for row in rows)
+    which = [-1] * len(following)
     size = min(TEXT, context)
-    words = words[: 4 * size]
-    for start in range(0, len(words), size):
-        rows.append(words[start : start + size])
-        following += [*rows[-1][1:], -1]
+    for number, words in enumerate(texts):
+        for start in range(0, min(len(words), 4 * size), size):
+            rows.append(words[start : min(start + size, 4 * size)])
+            following += [*rows[-1][1:], -1]
+            which += [number] * len(rows[-1])
     lengths = tuple(len(row) for row in rows)
     total = sum(lengths)
     first = torch.zeros(total, dtype=torch.bool)
@@ -190,7 +200,7 @@ def lay_probe(asked: list[list[int]], words: list[int], vocabulary: int, context
     order = torch.randperm(total, generator=generator)
     at = torch.cat([order[first[order]], order[~first[order]]])[:keep].sort().values
     ids = torch.tensor([[i for row in rows for i in row]])
-    return Probe(ids, lengths, at, torch.tensor(following)[at])
+    return Probe(ids, lengths, at, torch.tensor(following)[at], torch.tensor(which)[at])
 
 
 def perplexities(ours: Tensor, theirs: Tensor, probe: Probe, limit: float) -> Check:

@@ -7,6 +7,7 @@ perplexity are judged on a text that the reference has learnt to read. Knows no 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -94,15 +95,11 @@ def compare_logits(
         text: what is read for the perplexities; passages of this toolkit when None.
     """
     passages = PASSAGES if text is None else (text,)
-    probes = [_probe(reference, passage, llama) for passage in passages]
-    best: tuple[float, Probe, Tensor, Tensor | None] | None = None
-    for probe in probes:
-        ours, plain = _logits(reference, probe, llama, memory)
-        loss = _loss(ours, probe)
-        if best is None or loss < best[0]:
-            best = (loss, probe, ours, plain)
-    assert best is not None
-    loss, probe, ours, plain = best
+    probe = _probe(reference, passages, llama)
+    ours, plain = _logits(reference, probe, llama, memory)
+    readings = [probe.reading(number) for number in range(len(passages))]
+    probe = min(readings, key=lambda one: _loss(ours, one))
+    loss = _loss(ours, probe)
     theirs, under = _logits(file, probe, llama, memory)
     if ours.shape != theirs.shape:
         return [unequal_shapes(ours, theirs)]
@@ -139,14 +136,15 @@ def _judged(
     return [*checks, read if learnt else replace(read, details=(why,))]
 
 
-def _probe(reference: Artefact | GgufArtefact, text: str, llama: LlamaCpp) -> Probe:
+def _probe(reference: Artefact | GgufArtefact, texts: Sequence[str], llama: LlamaCpp) -> Probe:
     if isinstance(reference, Artefact):
-        return make_probe(reference, text, _equal_up_to(reference))
+        return make_probe(reference, texts, _equal_up_to(reference))
     known, path = reference.file.metadata, reference.file.path
     context = int(known.get(f"{reference.arch}.context_length", 512))
-    rows = llama.tokenise(path, [*STRINGS, text], add_special=True, parse_special=True)
+    rows = llama.tokenise(path, [*STRINGS, *texts], add_special=True, parse_special=True)
     vocabulary = reference.file.tensors["token_embd.weight"].shape[0]
-    return lay_probe([row for row in rows[:-1] if row], rows[-1], vocabulary, context)
+    asked = [row for row in rows[: len(STRINGS)] if row]
+    return lay_probe(asked, rows[len(STRINGS) :], vocabulary, context)
 
 
 def limited(reference: Artefact) -> list[str]:

@@ -91,13 +91,17 @@ def _compare_prompts(ours: ChatFormat, template: str, file: GgufArtefact, llama:
     except DataError as error:
         line = f"the file's template cannot be used: {str(error).splitlines()[0]}"
         return found(TEMPLATE, "prompts of conversations", [line], len(TALKS), "prompts")
+    rendered = {
+        talk: theirs.render(theirs.repair(talk)[0], answer_next=True)
+        for talk in TALKS
+        if not isinstance(prompt_of(theirs, talk), str)
+    }
+    texts = list(rendered.values())
+    read = llama.tokenise(file.file.path, texts, add_special=False, parse_special=True)
+    ids = dict(zip(rendered, read, strict=True))
     wrong = []
     for talk in TALKS:
-        a, b = prompt_of(ours, talk), prompt_of(theirs, talk)
-        if not isinstance(b, str):
-            repaired, _ = theirs.repair(talk)
-            text = theirs.render(repaired, answer_next=True)
-            (b,) = llama.tokenise(file.file.path, [text], add_special=False, parse_special=True)
+        a, b = prompt_of(ours, talk), ids.get(talk) or prompt_of(theirs, talk)
         if a != b and not (isinstance(a, str) and isinstance(b, str)):
             last = talk[-1].content[:20]
             wrong.append(f"{last!r} ({len(talk)} turns): {first_difference(a, b)}")

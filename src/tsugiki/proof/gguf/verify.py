@@ -7,7 +7,8 @@ in the extra [gguf].
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from contextlib import nullcontext
+from functools import cache, partial
 
 from tsugiki.formats.llama_cpp.process import LlamaCpp
 from tsugiki.proof.artefact import Artefact
@@ -33,11 +34,13 @@ def verify_gguf(
     memory: int | None = None,
     text: str | None = None,
     threads: int = 1,
+    llama: LlamaCpp | None = None,
 ) -> Report:
     """Compare; the finer of the two is the reference, a folder before any file.
 
     Args:
-        dtype: the type that was asked of the file: q4_k_m, f16 … threads: of llama.cpp.
+        dtype: the type that was asked of the file: q4_k_m, f16 …
+        threads: of llama.cpp, where no process of it (`llama`) is given.
         max_error, max_kl, logits, memory, text: as in `proof.verify.verify`.
 
     Raises:
@@ -54,22 +57,20 @@ def verify_gguf(
     def both() -> tuple[Form, Form]:
         return form_of(reference), form_of(file)
 
-    with LlamaCpp(threads) as llama:
+    with nullcontext(llama) if llama is not None else LlamaCpp(threads) as process:
         steps: list[tuple[str, Callable[[], list[Check]]]] = [
             ("1 settings", lambda: compare_settings(*both(), file, reference)),
             ("2 tensors", lambda: [compare_type(file, dtype)]),
-            ("2 tensors", lambda: compare_tensors(*both(), llama)),
-            ("3 token ids", lambda: compare_tokens(reference, file, llama)),
-            ("4 template", lambda: compare_templates(reference, file, llama)),
+            ("2 tensors", lambda: compare_tensors(*both(), process)),
+            ("3 token ids", lambda: compare_tokens(reference, file, process)),
+            ("4 template", lambda: compare_templates(reference, file, process)),
         ]
         if logits:
-            how = {"max_error": max_error, "max_kl": max_kl}
-            steps.append(
-                (
-                    "5 logits",
-                    lambda: compare_logits(reference, file, llama, **how, memory=memory, text=text),
-                )
-            )
+            run = partial(
+                compare_logits, reference, file, process, max_error=max_error, max_kl=max_kl,
+                memory=memory, text=text,
+            )  # fmt: skip
+            steps.append(("5 logits", run))
         checks = run_steps(steps)
     return Report(reference.name, file.name, tuple(checks), tuple(notes))
 
