@@ -142,7 +142,9 @@ def scale_twice(home: Path, bad: Path) -> None:
 def other_template(home: Path, bad: Path) -> None:
     found = key(home / "f32.gguf", "chat_template")
     edit(
-        home / "f32.gguf", bad, {k: v.replace("<|im_end|>\n", "<|im_end|>") for k, v in found.items()}
+        home / "f32.gguf",
+        bad,
+        {k: v.replace("<|im_end|>\n", "<|im_end|>") for k, v in found.items()},
     )
 
 
@@ -208,8 +210,9 @@ def test_an_unpermuted_k_is_called_so(
     assert any("not permuted" in line for line in found), found
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "q4_k_m"])
-@pytest.mark.parametrize("family", TESTED)
+@pytest.mark.parametrize(
+    ("family", "kind"), [*((family, "q4_k_m") for family in TESTED), ("llama", "q8_0")]
+)
 def test_faults_of_quantised_tensors(
     family: str, kind: str, place: Callable[[str], Path], llama: LlamaCpp, tmp_path: Path
 ) -> None:
@@ -317,6 +320,8 @@ def test_a_fault_in_the_arithmetic_shows_in_the_logits_too(
 def test_nan_in_a_tensor(place: Callable[[str], Path], llama: LlamaCpp, tmp_path: Path) -> None:
     values = open_gguf(place("qwen3") / "f32.gguf").values("blk.0.ffn_up.weight").copy()
     values[3, 5] = torch.nan
-    bad = edit(place("qwen3") / "f32.gguf", tmp_path / "b.gguf", tensors={"blk.0.ffn_up.weight": values})
+    bad = edit(
+        place("qwen3") / "f32.gguf", tmp_path / "b.gguf", tensors={"blk.0.ffn_up.weight": values}
+    )
     found = failures(compare(place("qwen3"), bad, llama))
     assert any("NaN" in line for line in found), found

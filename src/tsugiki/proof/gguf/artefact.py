@@ -78,7 +78,7 @@ class GgufArtefact:
         return {
             name: info.type
             for name, info in self.file.tensors.items()
-            if info.rows > 1 and not name.startswith("rope_")
+            if info.rows > 1 and not name.startswith(("rope_", "position_embd"))
         }
 
     @property

@@ -17,7 +17,7 @@ from tsugiki.formats.gguf_encode import DTYPES
 from tsugiki.formats.gguf_file import decode_numbers
 from tsugiki.formats.llama_cpp.process import LlamaCpp
 from tsugiki.proof.checks import Check, found
-from tsugiki.proof.gguf.artefact import EMBEDDING, HEAD
+from tsugiki.proof.gguf.artefact import EMBEDDING, HEAD, bits
 from tsugiki.proof.gguf.form import Form, Numbers
 from tsugiki.proof.gguf.quantised import FEW, effect_words, judge, maker, measure
 
@@ -53,13 +53,14 @@ def compare_tensors(reference: Form, candidate: Form, llama: LlamaCpp | None) ->
     ours, theirs = _same_heads(reference, candidate)
     names = [f"{name}: missing" for name in sorted(set(ours) - set(theirs))]
     names += [f"{name}: not in the reference" for name in sorted(set(theirs) - set(ours))]
+    lowest = min((n.type for n in candidate.tensors.values()), key=bits).name
     outcomes = []
     for name in sorted(set(ours) & set(theirs)):
         mine, other = ours[name], theirs[name]
         if _trimmed(mine.shape) != _trimmed(other.shape):
             names.append(f"{name}: shape {other.shape}, expected {mine.shape}")
         else:
-            outcomes.append(_compare(mine, other, llama))
+            outcomes.append(_compare(mine, other, lowest, llama))
     checks = [found(STEP, "names and shapes", names, len(set(ours) | set(theirs)), "tensors")]
     damaged = _damage(outcomes)
     checks += [
@@ -92,10 +93,11 @@ def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _compare(mine: Numbers, other: Numbers, llama: LlamaCpp | None) -> Outcome:
+def _compare(mine: Numbers, other: Numbers, lowest: str, llama: LlamaCpp | None) -> Outcome:
+    """lowest: the coarsest type in the file."""
     changed = not (mine.pair is not None and other.pair is not None)  # else compared as products
     if other.type.name in FLOATS:
-        return _floats(mine, other, changed)
+        return _floats(mine, other, lowest, changed)
     assert other.raw is not None
     make = maker(other.type, llama) if other.pair is None or not changed else None
     bases = mine.read(False) if changed and mine.changed else None
@@ -116,10 +118,11 @@ def _compare(mine: Numbers, other: Numbers, llama: LlamaCpp | None) -> Outcome:
     return Outcome(other.name, True, told, errors.differing, errors.blocks, errors.worst)
 
 
-def _floats(mine: Numbers, other: Numbers, changed: bool) -> Outcome:
+def _floats(mine: Numbers, other: Numbers, lowest: str, changed: bool) -> Outcome:
     rounding = _rounding(other.type.name)
-    if rounding and (mine.changed or mine.type.name != other.type.name):
-        rounding += _rounding(mine.type.name)  # merged in that type on the way
+    if lowest != "F32" and (mine.changed or mine.type.name != other.type.name or not rounding):
+        # Merged in 16 bits on the way, which only a file all in F32 says that it was not.
+        rounding += _rounding("F16" if lowest == "F16" else "BF16")
     tiny = float(torch.finfo(DTYPES[other.type.name]).smallest_normal)
     sums = torch.zeros(5, dtype=torch.float64)
     worst, finite, low, count, differing = 0.0, True, other.type.name == "F32", 0, 0
