@@ -12,7 +12,7 @@ help:
 	@echo "make demo   set up, then train, score and talk to an adapter (about 3 minutes)"
 	@echo "make test   set up, then run the test suite"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  speed, measured against a plain PEFT loop"
+	@echo "make bench  speed, measured against PEFT and TRL, and its plots"
 	@echo "make prove  the long proofs; results go to benchmarks/results/"
 
 $(VENV)/.torch: constraints.txt
@@ -34,6 +34,10 @@ $(VENV)/.test: $(VENV)/.core
 	$(PIP) install -q -c constraints.txt -e ".[test]"
 	@touch $@
 
+$(VENV)/.bench: $(VENV)/.test
+	$(PIP) install -q -c constraints.txt -e ".[test,bench]"
+	@touch $@
+
 $(VENV)/.dev: $(VENV)/.core
 	$(PIP) install -q -c constraints.txt -e ".[test,dev]"
 	@touch $@
@@ -51,8 +55,10 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: $(VENV)/.test
-	$(PY) -m benchmarks.step
+bench: $(VENV)/.bench
+	$(PY) -m benchmarks.step --record step
+	$(PY) -m benchmarks.rows --record rows
+	$(PY) -m benchmarks.plots
 
 prove: $(VENV)/.test
 	$(PY) -m benchmarks.prove

@@ -28,6 +28,7 @@ PROOFS = {
     "quantise_speed": "quantising is no slower than llama.cpp's own",
     "strict_logits": "our llama.cpp process gives llama-cpp-python's logits",
     "hostile_gguf": "10,000 damaged GGUF files are read or refused",
+    "context": "a token costs more in longer contexts by attention alone",
     "defaults_sweep": "bare `tsugiki train` against a sweep of rates and epochs",
 }
 

@@ -1,8 +1,9 @@
 """`python -m benchmarks.strict_logits`: logits of our llama.cpp process against llama-cpp-python's.
 
 Random models of every architecture, plain and quantised, with and without an adapter; the same
-strict settings on both sides, and two builds of llama.cpp. Differences are relative to the spread
-of the logits.
+strict settings on both sides, and two builds of llama.cpp with the same instruction sets: equal to
+the bit. (Rank 8: with ranks 2 and 4, shorter than a vector register, the two compilers sum a dot
+product's tail in another order, 5e-6 of the logits' spread in F32.)
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def main() -> bool:
             tiny = Tiny(arch, hidden=256, inner=512, layers=3, tied=arch.startswith("gemma"))
             tensors = write_tiny(source, tiny, spread=0.1)
             inner = {n: w.shape for n, w in tensors.items() if w.ndim == 2 and "blk" in n}
-            write_lora(lora, arch, inner, rank=4)
+            write_lora(lora, arch, inner, rank=8)
             for kind in KINDS:
                 path = place / f"{arch}.{kind}.gguf"
                 quantise_file(source, path, kind, threads=2)
@@ -72,15 +73,13 @@ def main() -> bool:
             same += int(np.array_equal(found, theirs))
             spreads.append(float(theirs.std()))
     worst = max(max(row.values()) for row in table.values())
-    plain = max(row[name] for row in table.values() for name in ("f32", "f32 + adapter"))
     figures = {
         "files": float(len(names)), "equal to the bit": float(same),
         "smallest spread of logits": min(spreads),
-        "largest difference / spread, f32": plain, "largest difference / spread": worst,
+        "largest difference / spread": worst,
     }  # fmt: skip
     bounds = {
-        "smallest spread of logits": ">= 1", "largest difference / spread, f32": "<= 1e-4",
-        "largest difference / spread": "<= 1e-2",
+        "equal to the bit": f">= {len(names)}", "smallest spread of logits": ">= 1",
     }  # fmt: skip
     return record.write(
         "strict_logits", "python -m benchmarks.strict_logits", figures, bounds, table=table,

@@ -4,8 +4,9 @@ A small Llama trained from nothing on `sprout_corpus.py`, drawn fresh while it t
 the matrices (Jordan et al. 2024) and bf16 arithmetic over fp32 masters. The head is computed where
 an answer or a document is predicted and for a share of what users say, since random words teach
 little. Short windows first, the full context at the end; attention and memory are tsugiki's own,
-half as fast again as transformers' on a CPU. The same flags and seed give the same batches. The
-model card is written by `sprout_baselines.py`. Knows nothing of adapters.
+half as fast again as transformers' on a CPU. A second phase, with fresh optimisers and data, is at
+full context only. The same flags and seed give the same batches. The model card is written by
+`sprout_baselines.py`. Knows nothing of adapters.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -169,14 +171,13 @@ class Masters:
                 low.copy_(high)
 
 
-def stream(arguments: argparse.Namespace, folder: Path) -> Iterator[np.ndarray]:
+def stream(number: int, folder: Path) -> Iterator[np.ndarray]:
     """Shards without end, made by other processes in a fixed order."""
     workers = max(1, (os.cpu_count() or 2) - 1)
     with multiprocessing.get_context("spawn").Pool(
         workers, initializer=begin_worker, initargs=(str(folder),)
     ) as pool:
         waiting: deque[Any] = deque()
-        number = arguments.seed << 20
         while True:
             while len(waiting) < workers + 1:
                 waiting.append(pool.apply_async(make_shard, (number,)))
@@ -188,7 +189,7 @@ def grow(arguments: argparse.Namespace) -> None:
     """Train and write the model folder."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     keep_pages()
-    out = Path(arguments.output)
+    out = out_of(arguments)
     out.mkdir(parents=True, exist_ok=True)
     if (FOLDER / "tokenizer.json").exists() and not arguments.new_tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(FOLDER)
@@ -199,28 +200,61 @@ def grow(arguments: argparse.Namespace) -> None:
         tokenizer = make_tokenizer(arguments.seed)
         tokenizer.save_pretrained(out)
     torch.manual_seed(arguments.seed)
-    model = build(tokenizer, arguments.hidden, arguments.layers).to(device, torch.bfloat16)
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{count:,} parameters on {device}", flush=True)
+    if arguments.grown:
+        model = LlamaForCausalLM.from_pretrained(arguments.grown)
+    else:
+        model = build(tokenizer, arguments.hidden, arguments.layers)
+    model = model.to(device, torch.bfloat16)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}", flush=True)
+    use_flat_attention(model)
+    curve: list[dict[str, float]] = []
+    if not arguments.grown:
+        phase = Phase(arguments.tokens, arguments.rate, LONG_FROM, arguments.stop)
+        run(model, tokenizer, phase, arguments, curve)
+    if arguments.then:
+        run(model, tokenizer, Phase(arguments.then, arguments.rate / 4, 0), arguments, curve)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One schedule: millions of tokens, peak rate, share before windows get long, last step."""
+
+    tokens: float
+    rate: float
+    long_from: float
+    stop: int | None = None
+
+
+def run(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    phase: Phase,
+    arguments: argparse.Namespace,
+    curve: list[dict[str, float]],
+) -> None:
+    """Train through one phase, adding to `curve`, saving every few minutes and at its end."""
+    device = model.device
+    torch.manual_seed(arguments.seed)
     roles = {
         token: tokenizer.convert_tokens_to_ids(token)
         for token in ("<|user|>", "<|system|>", "<|assistant|>", "<|endoftext|>")
     }
-    use_flat_attention(model)
-    masters = Masters(model, arguments.rate)
+    masters = Masters(model, phase.rate)
     per_step = arguments.batch * SHORT
-    total = math.ceil(arguments.tokens * 1e6 / per_step)
-    shards = stream(arguments, out)
+    total = math.ceil(phase.tokens * 1e6 / per_step)
+    last = min(phase.stop or total, total)
+    # the second phase's shards are never those of the first
+    shards = stream((arguments.seed << 20) + (0 if phase.long_from else 1 << 19), out_of(arguments))
     rest = next(shards)
     start, saved = time.monotonic(), time.monotonic()
-    curve: list[dict[str, float]] = []
-    done, step = 0.0, 0
-    while done < 1:
+    before = curve[-1] if curve else {"step": 0, "tokens": 0, "seconds": 0.0}
+    step = 0
+    while step < last:
         while len(rest) < per_step:
             rest = np.concatenate([rest, next(shards)])
         flat = torch.from_numpy(rest[:per_step].astype(np.int64)).to(device)
         rest = rest[per_step:]
-        batch = flat.view(-1, CONTEXT if done >= LONG_FROM else SHORT)
+        batch = flat.view(-1, CONTEXT if step >= phase.long_from * total else SHORT)
         step += 1
         known = answers_in(batch, roles)[:, 1:]
         chosen = known | (torch.rand(known.shape, device=device) < ASKED_SHARE)
@@ -234,46 +268,43 @@ def grow(arguments: argparse.Namespace) -> None:
         )
         loss = each.mean()
         loss.backward()
-        done = (
-            (time.monotonic() - start) / 60 / arguments.minutes
-            if arguments.minutes
-            else step / total
-        )
-        masters.step(
-            min(1.0, step / 50) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(done, 1))))
-        )
-        if step % arguments.log_every == 0 or done >= 1:
+        cosine = 0.5 * (1 + math.cos(math.pi * step / total))
+        masters.step(min(1.0, step / 50) * (0.03 + 0.97 * cosine))
+        if step % arguments.log_every == 0 or step == last:
             entry = {
-                "step": step,
-                "tokens": step * per_step,
+                "step": before["step"] + step,
+                "tokens": before["tokens"] + step * per_step,
                 "loss": round(float(loss.detach()), 4),
                 "answers": round(float(each.detach()[known[chosen]].mean()), 4),
-                "seconds": round(time.monotonic() - start, 1),
+                "seconds": round(before["seconds"] + time.monotonic() - start, 1),
             }
             curve.append(entry)
             print(json.dumps(entry), flush=True)
-        if time.monotonic() - saved > 180 or done >= 1:
+        if time.monotonic() - saved > 180 or step == last:
             saved = time.monotonic()
-            write(model, tokenizer, out, arguments, count, device, curve)
+            write(model, tokenizer, arguments, curve)
+
+
+def out_of(arguments: argparse.Namespace) -> Path:
+    """The folder being written."""
+    return Path(arguments.output)
 
 
 def write(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    out: Path,
     arguments: argparse.Namespace,
-    count: int,
-    device: str,
     curve: list[dict[str, float]],
 ) -> None:
     """The model folder as it is now, and how it came to be."""
+    out, device = out_of(arguments), model.device.type
     model.save_pretrained(out)
     generation = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     record = {
         "command": " ".join(["python tools/grow_sprout.py", *sys.argv[1:]]),
         "tokens": curve[-1]["tokens"] if curve else 0,
-        "parameters": count,
+        "parameters": sum(p.numel() for p in model.parameters()),
         "seed": arguments.seed,
         "machine": torch.cuda.get_device_name(0)
         if device == "cuda"
@@ -289,13 +320,15 @@ def main() -> None:
     """Parse and grow."""
     parser = argparse.ArgumentParser(description="grow the embedded base")
     parser.add_argument("--tokens", type=float, default=36, help="millions of tokens")
-    parser.add_argument("--minutes", type=float, help="train for so long, whatever --tokens")
+    parser.add_argument("--stop", type=int, help="end after so many steps of the schedule")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batch", type=int, default=32, help="windows of 256 tokens a step")
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--log-every", type=int, default=25)
+    parser.add_argument("--then", type=float, help="millions of tokens at full context after it")
+    parser.add_argument("--grown", help="a folder with the first phase's weights: only --then")
     parser.add_argument("--new-tokenizer", action="store_true")
     parser.add_argument("--output", default=str(FOLDER))
     grow(parser.parse_args())

@@ -187,7 +187,8 @@ It knows nothing of the world; do not ask it for facts, and do not build a produ
 - **Recipe**: `{growth["command"]}`, {growth["tokens"] / 1e6:.1f} million tokens, seed
   {growth["seed"]}, {growth["seconds"] / 60:.0f} minutes on {growth["machine"]}
   (Python {growth["versions"]["python"]}, torch {growth["versions"]["torch"]}). Muon for the
-  matrices, AdamW for the rest, cosine to 3 %; 256-token windows, the last eighth with 1,024.
+  matrices, AdamW for the rest, cosine to 3 %; 256-token windows at first, then the whole context of
+  1,024; the loss rises at the change and comes down again.
 
 ## Held out, bits per byte
 

@@ -72,7 +72,7 @@ class LlamaCpp:
         self._stop()
 
     def quantise(self, values: NDArray[np.float32], kind: str) -> NDArray[np.uint8]:
-        """What llama.cpp makes of these numbers.
+        """What llama.cpp makes of these numbers; a large tensor may be given in parts, by rows.
 
         Args:
             values: float32 (…, columns); columns a multiple of the type's block.
