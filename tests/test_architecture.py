@@ -18,7 +18,7 @@ FLOORS: dict[str, int] = {
     "adapters": 2,
     "planning": 3, "engine": 3, "proof": 3,
     "training": 4, "evaluation": 4, "merging": 4, "exporting": 4, "joining": 5, "shipping": 5,
-    "export_verb": 5,
+    "export_verb": 5, "proving": 5,
     "cli": 5, "pipelines": 5, "demo": 5, "talk": 5, "flags": 5,
     "watching": 5, "looking": 5, "__main__": 5, "__init__": 5,
 }  # fmt: skip

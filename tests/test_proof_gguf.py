@@ -83,7 +83,7 @@ def test_no_alarm_on_good_pairs(
     """Forty of them: five for each of eight families."""
     home = place(family)
     adapter = open_artefact(str(home / "adapter"), str(home / "base"))
-    report = verify_gguf(adapter, opened(good_file(pair, home, tmp_path)), llama=llama)
+    report = verify_gguf(adapter, opened(good_file(pair, home, tmp_path)), llama)
     assert report.ok, failures(report)
     assert any(check.step == "5 logits" for check in report.checks)
 
@@ -97,12 +97,14 @@ def test_two_files_and_the_finer_is_the_reference(
         (tmp_path / pair).mkdir()
         names[pair] = good_file(pair, home, tmp_path / pair)
     for a, b in ((0, 2), (2, 0), (0, 4), (2, 3), (3, 1)):
-        report = verify_gguf(opened(names[PAIRS[a]]), opened(names[PAIRS[b]]), llama=llama)
+        report = verify_gguf(opened(names[PAIRS[a]]), opened(names[PAIRS[b]]), llama)
         assert report.ok, (a, b, failures(report))
         assert any("is the reference" in note for note in report.notes) == (
             (a, b) in ((2, 0), (3, 1))
         )
-    report = verify_gguf(opened(names["f32"]), opened(names["beside its base"].split("+")[0]))
+    report = verify_gguf(
+        opened(names["f32"]), opened(names["beside its base"].split("+")[0]), llama
+    )
     assert not report.ok, "without its adapter it is another model"
 
 
@@ -110,7 +112,7 @@ def test_two_files_and_the_finer_is_the_reference(
 def test_other_settings_of_the_families(name: str, llama: LlamaCpp, tmp_path: Path) -> None:
     base = save_variant(name, tmp_path / "base")
     file = write_gguf(plan_export(join(base, None), "x"), "q8_0", tmp_path / "x.gguf").path
-    report = verify_gguf(open_artefact(str(base)), opened(str(file)), llama=llama)
+    report = verify_gguf(open_artefact(str(base)), opened(str(file)), llama)
     assert report.ok, failures(report)
 
 
@@ -125,7 +127,7 @@ def test_sentencepiece(kind: str, llama: LlamaCpp, tmp_path: Path) -> None:
         if "alone" in kind:
             (folder / "tokenizer.model").unlink()
     file = write_gguf(plan_export(join(folder, None), "x"), "f32", tmp_path / "x.gguf").path
-    report = verify_gguf(open_artefact(str(folder)), opened(str(file)), llama=llama)
+    report = verify_gguf(open_artefact(str(folder)), opened(str(file)), llama)
     assert report.ok, failures(report)
 
 
@@ -181,7 +183,8 @@ def test_it_needs_no_llama_cpp_python(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))  # of llama.cpp's own process
     monkeypatch.setitem(sys.modules, "llama_cpp", None)  # of this one
     adapter = open_artefact(str(home / "adapter"), str(home / "base"))
-    report = verify_gguf(adapter, opened(file))
+    with LlamaCpp(1) as llama:
+        report = verify_gguf(adapter, opened(file), llama)
     assert report.ok, failures(report)
     assert {check.step[0] for check in report.checks} == set("12345")
 
@@ -192,5 +195,5 @@ def test_a_head_apart_or_tied(llama: LlamaCpp, tmp_path: Path) -> None:
         file = write_gguf(
             plan_export(join(base, None), "x"), "f16", tmp_path / f"{family}.gguf"
         ).path
-        report = verify_gguf(open_artefact(str(base)), opened(str(file)), llama=llama)
+        report = verify_gguf(open_artefact(str(base)), opened(str(file)), llama)
         assert report.ok, failures(report)

@@ -66,7 +66,7 @@ def compare(
 ) -> Report:
     adapter = open_artefact(str(home / "adapter"), str(home / "base"))
     other = open_gguf_artefact(file.name, file, lora)
-    return verify_gguf(adapter, other, llama=llama, **{"logits": False, **how})
+    return verify_gguf(adapter, other, llama, **{"logits": False, **how})
 
 
 def numbers(home: Path, changed: bool = True) -> Tensors:

@@ -115,7 +115,7 @@ def verify_pair(
     """
     from tsugiki.planning import free_memory
     from tsugiki.proof.gguf.artefact import GgufArtefact
-    from tsugiki.proof.gguf.verify import verify_gguf
+    from tsugiki.proof.gguf.verify import llama_if_there, verify_gguf
     from tsugiki.proof.verify import verify
 
     began = time.monotonic()
@@ -133,7 +133,8 @@ def verify_pair(
         report = verify(first, second, dtype=asked, **how)
     else:
         kind = None if dtype is None else find_kind(dtype).name
-        report = verify_gguf(first, second, dtype=kind, threads=torch.get_num_threads(), **how)
+        with llama_if_there(torch.get_num_threads()) as llama:
+            report = verify_gguf(first, second, llama, dtype=kind, **how)
     for note in report.notes:
         terminal.say("note", Text(f"note: {note}", style="yellow"), text=note)
     terminal.heading(f"{report.candidate} against {report.reference}")

@@ -138,6 +138,32 @@ def export_lora(
     return shipped
 
 
+def prove(
+    source: str,
+    done: Sequence[Shipped],
+    terminal: Terminal,
+    *,
+    model: str | None = None,
+    accept_base: bool = False,
+) -> bool:
+    """Hold what was written to what it was made of; true when nothing is beyond its limits.
+
+    Raises:
+        TsugikiError: what was exported cannot be read a second time.
+    """
+    from tsugiki.joining import open_either
+    from tsugiki.proof.artefact import Artefact
+    from tsugiki.proof.gguf.artefact import open_gguf_artefact
+    from tsugiki.proving import prove_files, prove_lora
+
+    reference = open_either(source, model, accept_base)
+    if done[0].dtype == "lora":
+        assert isinstance(reference, Artefact)
+        return prove_lora(reference, done[0].path, terminal)
+    files = [(open_gguf_artefact(str(one.path), one.path, None), one.dtype) for one in done]
+    return prove_files(reference, files, terminal)
+
+
 def export_portable(
     source: str,
     output: Path | None,

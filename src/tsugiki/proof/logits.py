@@ -124,7 +124,8 @@ def closeness(
     return [
         Check(STEP, name, f"{value:.2e}", f"{error:.0e}", fine, flat, value),
         Check(STEP, "mean KL", f"{d.kl:.2e}", told, d.kl <= kl, (), d.kl),
-        Check(STEP, "largest KL, same first choice", f"{d.worst_kl:.1e}, {d.top1:.1%}", "–", True),
+        Check(STEP, "largest KL", f"{d.worst_kl:.1e}", "–", True, (), d.worst_kl),
+        Check(STEP, "same first choice", f"{d.top1:.1%}", "–", True, (), d.top1),
     ]
 
 
@@ -216,7 +217,7 @@ def perplexities(ours: Tensor, theirs: Tensor, probe: Probe, limit: float) -> Ch
     figure = f"{math.exp(min(losses[0], 700.0)):.4g}, ratio {ratio:.6f}"
     name = f"perplexity on {int(known.sum())} tokens of text"
     told = "–" if math.isinf(limit) else f"1 ± {limit:g}"
-    return Check(STEP, name, figure, told, abs(ratio - 1) <= limit, (), ratio)
+    return Check(STEP, name, figure, told, ratio - 1 <= limit, (), ratio)
 
 
 def run(base: Base, probe: Probe) -> Tensor:

@@ -64,7 +64,7 @@ STRINGS = (
     "{{ x }} {% if %}",
     "\x00\x01\x7f",
 )
-# Plain prose of this toolkit, for the perplexities of models that read English or Japanese.
+# For the perplexities of models that read English, documentation or Japanese.
 PASSAGES = (
     "Once upon a time there was a little girl who lived in a small house near the forest. Every "
     "morning she went outside to play with her dog. One day they found a red ball under a big "
@@ -73,6 +73,13 @@ PASSAGES = (
     "home to eat dinner. The dog was tired and fell asleep by the fire. The next day it rained, so "
     "they stayed inside and read a book about a brave cat who sailed across the sea to find a new "
     "friend.",
+    "The function takes a list of strings and returns a new list in which every string is written "
+    "in lower case. If the argument is not a list, a TypeError is raised. The default value of the "
+    "second argument is None, which means that the order of the items is not changed. To sort the "
+    "result, pass True. The following example shows how to read a file line by line and count the "
+    "words in it. Note that the file must be opened in text mode, and that it is closed when the "
+    "block ends. See the documentation of the module for more information about the options that "
+    "can be set in the configuration file.",
     "昔々、山のふもとの小さな村に、おじいさんとおばあさんが住んでいました。おじいさんは毎朝、"
     "畑へ出かけて野菜を育てていました。おばあさんは川で洗濯をしながら、鳥の声を聞くのが好きでした。"
     "ある日、川の上流から大きな桃が流れてきました。二人は桃を家に持ち帰り、"

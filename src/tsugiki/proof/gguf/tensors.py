@@ -215,7 +215,7 @@ def _summary(outcomes: list[Outcome], quantised: bool, damaged: set[str]) -> Che
         figure = f"{len(wrong)} of {len(outcomes)} differ"
     name = "quantised again" if quantised else "numbers in F32, F16, BF16"
     limit = "the type's error" if quantised else "the rounding"
-    return Check(STEP, name, figure, limit, not wrong, tuple(wrong), float(len(wrong)))
+    return Check(STEP, name, figure, limit, not wrong, tuple(wrong), exact / len(outcomes))
 
 
 def _compare_pairs(reference: Form, candidate: Form) -> Check:

@@ -26,6 +26,7 @@ from tsugiki.proof.gguf.artefact import GgufArtefact
 from tsugiki.proof.texts import STRINGS, TALKS, added_tokens, first_difference, ids_of, prompt_of
 
 IDS, TEMPLATE = "3 token ids", "4 template"
+STOPS = "tokens that end an answer"
 SHAPING = (
     "model", "pre", "tokens", "token_type", "merges", "scores", "precompiled_charsmap",
     "add_space_prefix", "remove_extra_whitespaces",
@@ -35,54 +36,54 @@ SHOWN = 40
 
 
 def compare_tokens(
-    reference: Artefact | GgufArtefact, file: GgufArtefact, llama: LlamaCpp
+    reference: Artefact | GgufArtefact, file: GgufArtefact, llama: LlamaCpp | None
 ) -> list[Check]:
     """Every token, merge and score; then the ids of nasty strings, special tokens among them."""
     try:
-        ours = _vocabulary(reference, len(_tokens(file)))
+        ours, notes = _vocabulary(reference)
     except ModelError as error:  # llama.cpp has no such tokenizer: the strings alone can tell
-        ours, whole = {}, False
+        ours, notes, whole = {}, [], False
         wrong = [str(error).split("\n")[0]]
     else:
-        theirs = _vocabulary(file, 0)
+        theirs, _ = _vocabulary(file)
         wrong = [line for key in SHAPING for line in _unlike(key, ours.get(key), theirs.get(key))]
-        whole = not wrong
+        whole = not wrong and bool(notes)
     checks = [found(IDS, "vocabulary", wrong, max(1, len(ours)), "parts")]
-    return [*checks, _compare_strings(reference, file, llama, whole)]
+    return [*checks, _compare_strings(reference, file, llama, whole)] if llama else checks
 
 
 def compare_templates(
-    reference: Artefact | GgufArtefact, file: GgufArtefact, llama: LlamaCpp
+    reference: Artefact | GgufArtefact, file: GgufArtefact, llama: LlamaCpp | None
 ) -> list[Check]:
     """The ids of rendered conversations, and the tokens that end an answer."""
     theirs = file.file.metadata.get(TEMPLATE_KEY)
+    known = set(llama.ends(file.file.path)) if llama else set()
     if isinstance(reference, GgufArtefact):
         same = reference.file.metadata.get(TEMPLATE_KEY) == theirs
         wrong = [] if same else [f"{TEMPLATE_KEY} is another text"]
-        a, b = (set(llama.ends(x.file.path)) for x in (reference, file))
-        ends = [] if a == b else [f"answers end with {sorted(b)}, the reference's with {sorted(a)}"]
-        return [
-            found(TEMPLATE, "chat template", wrong, 1, "texts"),
-            found(TEMPLATE, "tokens that end an answer", ends, 1, "sets"),
-        ]
-    ours = reference.chat()
-    known = set(llama.ends(file.file.path))
+        checks = [found(TEMPLATE, "chat template", wrong, 1, "texts")]
+        a = set(llama.ends(reference.file.path)) if llama else known
+        if a != known:
+            wrong = [f"answers end with {sorted(known)}, the reference's with {sorted(a)}"]
+        return [*checks, found(TEMPLATE, STOPS, wrong, 1, "sets")] if llama else checks
+    ours, name = reference.chat(), "prompts of conversations"
     lost = [
         f"{ours.tokenizer.convert_ids_to_tokens(i)!r} ({i}) ends an answer, and not in the file"
         for i in ours.stop_ids
         if i not in known
     ]
-    stops = found(TEMPLATE, "tokens that end an answer", lost, len(ours.stop_ids), "tokens")
-    name = "prompts of conversations"
+    stops = [found(TEMPLATE, STOPS, lost, len(ours.stop_ids), "tokens")] if llama else []
     if theirs is None and not ours.tokenizer.chat_template and ours.name == "plain":
-        return [Check(TEMPLATE, name, "no template on either side", "–", True), stops]
+        return [Check(TEMPLATE, name, "no template on either side", "–", True), *stops]
     if theirs is None:
         line = f"the file has no {TEMPLATE_KEY}, the reference speaks {ours.name!r}"
-        return [found(TEMPLATE, "prompts of conversations", [line], 1, "templates"), stops]
-    return [_compare_prompts(ours, str(theirs), file, llama), stops]
+        return [found(TEMPLATE, name, [line], 1, "templates"), *stops]
+    return [_compare_prompts(ours, str(theirs), file, llama), *stops]
 
 
-def _compare_prompts(ours: ChatFormat, template: str, file: GgufArtefact, llama: LlamaCpp) -> Check:
+def _compare_prompts(
+    ours: ChatFormat, template: str, file: GgufArtefact, llama: LlamaCpp | None
+) -> Check:
     """Rendered by the file's template, read by llama.cpp, against what training saw."""
     tokenizer = copy.copy(ours.tokenizer)
     tokenizer.chat_template = template
@@ -97,7 +98,10 @@ def _compare_prompts(ours: ChatFormat, template: str, file: GgufArtefact, llama:
         if not isinstance(prompt_of(theirs, talk), str)
     }
     texts = list(rendered.values())
-    read = llama.tokenise(file.file.path, texts, add_special=False, parse_special=True)
+    if llama is None:
+        read = [ours.encode(text) for text in texts]
+    else:
+        read = llama.tokenise(file.file.path, texts, add_special=False, parse_special=True)
     ids = dict(zip(rendered, read, strict=True))
     wrong = []
     for talk in TALKS:
@@ -134,7 +138,7 @@ def _cannot_be_said(
 ) -> bool:
     """What llama.cpp has no place for: tokens without a row, normal forms, unigram's corners.
 
-    whole: the vocabulary is the reference's, part for part.
+    whole: the vocabulary is the reference's, part for part, and hard texts are known to differ.
     """
     if isinstance(reference, GgufArtefact):
         return False
@@ -142,11 +146,10 @@ def _cannot_be_said(
         return True
     backend = reference.chat().tokenizer.backend_tokenizer
     state = json.loads(backend.to_str())
-    if state["model"]["type"] == "Unigram":
+    if state["model"]["type"] == "Unigram" or state["model"].get("byte_fallback"):
         return whole
-    byte_level = not state["model"].get("byte_fallback")
     normalizer = backend.normalizer
-    return bool(byte_level and normalizer and normalizer.normalize_str(text) != text)
+    return bool(normalizer and normalizer.normalize_str(text) != text)
 
 
 def _ids(
@@ -163,12 +166,15 @@ def _ids(
     return [row[:-1] if end else row for row in rows]
 
 
-def _vocabulary(artefact: Artefact | GgufArtefact, rows: int) -> dict[str, Any]:
-    """The parts that shape token ids: the file's, or those that GGUF has for the tokenizer."""
+def _vocabulary(artefact: Artefact | GgufArtefact) -> tuple[dict[str, Any], list[str]]:
+    """The parts that shape token ids: the file's, or those that GGUF has for the tokenizer.
+
+    With notes on what llama.cpp reads otherwise than the tokenizer.
+    """
     prefix = "tokenizer.ggml."
     if isinstance(artefact, GgufArtefact):
         known = artefact.file.metadata
-        return {key: known[prefix + key] for key in SHAPING if prefix + key in known}
+        return {key: known[prefix + key] for key in SHAPING if prefix + key in known}, []
     tokenizer = artefact.chat().tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
@@ -176,9 +182,9 @@ def _vocabulary(artefact: Artefact | GgufArtefact, rows: int) -> dict[str, Any]:
     places = [artefact.stored.folder, *([artefact.changes.folder] if artefact.changes else [])]
     path = next((place / MODEL for place in places if (place / MODEL).is_file()), None)
     spm = path if bool(getattr(backend.model, "byte_fallback", False)) else None
-    rows = artefact.embedding_rows() or rows
-    said, _ = tokenizer_metadata(backend, rows, Speech({}), read_pieces(spm) if spm else None)
-    return {key: said[prefix + key] for key in SHAPING if prefix + key in said}
+    rows = artefact.embedding_rows() or len(tokenizer)
+    said, notes = tokenizer_metadata(backend, rows, Speech({}), read_pieces(spm) if spm else None)
+    return {key: said[prefix + key] for key in SHAPING if prefix + key in said}, notes
 
 
 def _unlike(key: str, ours: Any, theirs: Any) -> list[str]:
