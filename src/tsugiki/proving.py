@@ -26,7 +26,7 @@ from tsugiki.proof.gguf.verify import llama_if_there, verify_gguf
 from tsugiki.terminal import Terminal
 
 Side = Artefact | GgufArtefact
-COLUMNS = ("file", "numbers", "token ids", "logits off", "mean KL", "same first", "perplexity")
+COLUMNS = ("file", "numbers", "token ids", "off", "mean KL", "first", "perplexity")
 UNPROVEN = "not proven"
 NUMBERS = ("numbers in F32, F16, BF16", "quantised again")  # value: share bit for bit
 FIGURES: dict[str, Callable[[float], str]] = {
@@ -86,6 +86,7 @@ def show_reports(reports: Sequence[Report], terminal: Terminal) -> None:
     for note in dict.fromkeys(note for report in reports for note in report.notes):
         terminal.say("note", Text(f"note: {note}", style="yellow"), text=note)
     table = Table(*COLUMNS, "", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.columns[0].no_wrap = True
     for report in reports:
         verdict = Text("ok", "green") if report.ok else Text("FAILED", "bold red")
         table.add_row(Path(report.candidate).name, *_row(report), verdict)
