@@ -40,19 +40,23 @@ SHOWN = 8  # faults
 
 
 def prove_files(
-    reference: Side, files: Sequence[tuple[GgufArtefact, str | None]], terminal: Terminal
+    reference: Side,
+    files: Sequence[tuple[GgufArtefact, str | None]],
+    terminal: Terminal,
+    text: str | None = None,
 ) -> bool:
     """Compare each file with its reference, which runs once; true when none is beyond its limits.
 
     Args:
         files: each with the type that was asked of it.
+        text: what is read for the perplexities; passages of this toolkit when None.
     """
     with llama_if_there(torch.get_num_threads()) as llama:
 
         @cache
         def reading() -> Reading:
             assert llama is not None
-            return read_reference(reference, llama, memory=free_memory("cpu"))
+            return read_reference(reference, llama, memory=free_memory("cpu"), text=text)
 
         reports = [
             verify_gguf(reference, file, llama, dtype=asked, reading=reading)

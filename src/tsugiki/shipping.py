@@ -145,8 +145,11 @@ def prove(
     *,
     model: str | None = None,
     accept_base: bool = False,
+    text: str | None = None,
 ) -> bool:
     """Hold what was written to what it was made of; true when nothing is beyond its limits.
+
+    text: what is read for the perplexities; passages of this toolkit when None.
 
     Raises:
         TsugikiError: what was exported cannot be read a second time.
@@ -161,7 +164,7 @@ def prove(
         assert isinstance(reference, Artefact)
         return prove_lora(reference, done[0].path, terminal)
     files = [(open_gguf_artefact(str(one.path), one.path, None), one.dtype) for one in done]
-    return prove_files(reference, files, terminal)
+    return prove_files(reference, files, terminal, text)
 
 
 def export_portable(
