@@ -27,6 +27,8 @@ from tsugiki.merging import plan_merge, write_merged
 from tsugiki.proof.artefact import open_artefact
 from tsugiki.proof.gguf.artefact import GgufArtefact, gguf_paths, open_gguf_artefact
 from tsugiki.proof.gguf.verify import verify_gguf
+from tsugiki.shipping import export_gguf, prove
+from tsugiki.terminal import Terminal
 
 PAIRS = ("f32", "bf16, merged before", "q8_0", "q4_k_m of an f16", "beside its base")
 
@@ -197,3 +199,35 @@ def test_a_head_apart_or_tied(llama: LlamaCpp, tmp_path: Path) -> None:
         ).path
         report = verify_gguf(open_artefact(str(base)), opened(str(file)), llama)
         assert report.ok, failures(report)
+
+
+def test_an_export_proves_itself(place: Callable[[str], Path], tmp_path: Path) -> None:
+    home = place("qwen3")
+    source = [str(home / "adapter"), "--model", str(home / "base")]
+    for flags in (["--gguf", "f16,q4_k_m"], ["--gguf-lora"]):
+        done = CliRunner().invoke(app, ["export", *source, *flags, "--output", str(tmp_path)])
+        assert done.exit_code == 0, done.output
+        assert "each is what it was made of" in done.output
+    # a file that is not what it should be: told, and an exit code
+    shipped = export_gguf(str(home / "base"), ["q8_0"], tmp_path / "base", Terminal())
+    assert not prove(source[0], shipped, Terminal(), model=source[2])
+
+
+def test_without_llama_cpp_the_rest_is_proven_and_what_is_not_is_said(
+    place: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    home = place("qwen3")
+    source, model = str(home / "adapter"), str(home / "base")
+    shipped = export_gguf(source, ["f16", "q8_0"], tmp_path / "out", Terminal(), model=model)
+    assert prove(source, shipped, Terminal(), model=model)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "to the bit" in told
+    assert "not proven without llama.cpp" in told
+    assert "pip install 'tsugiki[gguf]'" in told
+    assert "as far as it can be told" in told
+    shipped = export_gguf(model, ["q8_0"], tmp_path / "base", Terminal())
+    assert not prove(source, shipped, Terminal(), model=model), "numbers need no llama.cpp"

@@ -37,6 +37,7 @@ FIGURES: dict[str, Callable[[float], str]] = {
     "perplexity": lambda v: f"× {v:.4f}",
 }
 SHOWN = 8  # faults
+STEPS = {"1 settings", "2 tensors", "3 token ids", "4 template", "5 logits"}
 
 
 def prove_files(
@@ -99,22 +100,25 @@ def show_reports(reports: Sequence[Report], terminal: Terminal) -> None:
     if not terminal.as_json:
         terminal.say("proof", table)
     for report in reports:
-        wrong = [
+        faults = [
             f"{check.step}, {check.name}: {line}"
             for check in report.checks
             if not check.ok
             for line in (check.details or (f"{check.figure}, limit {check.limit}",))
         ]
-        for line in wrong[:SHOWN] if not terminal.as_json else ():
+        for line in faults[:SHOWN] if not terminal.as_json else ():
             terminal.say("fault", Text(f"  {Path(report.candidate).name}: {line}", style="red"))
-    count = sum(not report.ok for report in reports)
-    told = f"{count} of {len(reports)} files are not what they were made of" if count else ""
-    terminal.say(
-        "proven",
-        Text(told, "bold red") if count else Text(f"{len(reports)} files proven", "green"),
-        ok=count == 0,
-        files=[Path(report.candidate).name for report in reports],
+    wrong = [Path(report.candidate).name for report in reports if not report.ok]
+    whole = all(report.steps >= STEPS for report in reports)
+    told = (
+        f"not what it was made of: {', '.join(wrong)}" if wrong else "each is what it was made of"
     )
+    if not wrong and not whole:
+        told += ", as far as it can be told without llama.cpp"
+    terminal.say(
+        "proven", Text(told, "bold red" if wrong else "green"), ok=not wrong, whole=whole,
+        wrong=wrong,
+    )  # fmt: skip
 
 
 def _row(report: Report) -> list[str]:

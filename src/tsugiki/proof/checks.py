@@ -59,6 +59,11 @@ class Report:
         """Whether no check failed."""
         return all(check.ok for check in self.checks)
 
+    @property
+    def steps(self) -> set[str]:
+        """Those that were made."""
+        return {check.step for check in self.checks}
+
     def table(self) -> Table:
         """For people: one row a check, and what is wrong beneath it."""
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
