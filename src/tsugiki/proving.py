@@ -27,7 +27,7 @@ from tsugiki.terminal import Terminal
 
 Side = Artefact | GgufArtefact
 COLUMNS = ("file", "numbers", "token ids", "off", "mean KL", "first", "perplexity")
-UNPROVEN = "not proven"
+UNPROVEN = "–"
 NUMBERS = ("numbers in F32, F16, BF16", "quantised again")  # value: share bit for bit
 FIGURES: dict[str, Callable[[float], str]] = {
     "nasty strings": lambda v: f"{v:.0f} differ" if v else "equal",
@@ -110,9 +110,9 @@ def show_reports(reports: Sequence[Report], terminal: Terminal) -> None:
             terminal.say("fault", Text(f"  {Path(report.candidate).name}: {line}", style="red"))
     wrong = [Path(report.candidate).name for report in reports if not report.ok]
     whole = all(report.steps >= STEPS for report in reports)
-    told = (
-        f"not what it was made of: {', '.join(wrong)}" if wrong else "each is what it was made of"
-    )
+    told = "each is what it was made of"
+    if wrong:
+        told = f"not what it was made of: {', '.join(wrong)}"
     if not wrong and not whole:
         told += ", as far as it can be told without llama.cpp"
     terminal.say(
