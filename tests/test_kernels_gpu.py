@@ -19,13 +19,14 @@ from torch import Tensor
 from tsugiki.adapters.attach import attach
 from tsugiki.config import LoraConfig
 from tsugiki.data.chat import Example
-from tsugiki.kernels import attention, backend, flash, linear, loss, lowrank, mlp, norms
+from tsugiki.kernels import attention, backend, flash, linear, loss, lowrank, mlp, nf4, norms
 from tsugiki.kernels.attention import packed_attention, reference_attention
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.kernels.linear import DenseWeight, LoraTerm, grouped_linear, reference_linear
 from tsugiki.kernels.loss import Head, chunked_cross_entropy, reference_cross_entropy
 from tsugiki.kernels.mlp import Feed, feed_forward, reference_feed
 from tsugiki.kernels.norms import reference_rms_norm, reference_rotary, rms_norm, rotary
+from tsugiki.kernels.quantized import ALL, QuantizedWeight, Workspace
 from tsugiki.models.flat import flat_loss, use_flat_attention
 from tsugiki.models.tune import tune
 from tsugiki.training.objective import flatten
@@ -41,7 +42,7 @@ TRITON = [family for family in backend.FAMILIES if family != "attention"]
 @pytest.fixture
 def gpu_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every operation takes Triton's bodies, the fused product too."""
-    for module in (linear, lowrank, mlp, norms, loss):
+    for module in (linear, lowrank, mlp, nf4, norms, loss):
         monkeypatch.setattr(module, "triton_runs", lambda x, family: True)
 
 
@@ -223,6 +224,42 @@ def test_cross_entropy(
             [chunked_cross_entropy(hidden, head, targets)],
             [reference_cross_entropy(hidden, head, targets)],
         )
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(70, 192), (130, 64), (33, 13), (300, 128)], ids=str)
+def test_nf4_codes(gpu_bodies: None, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Unpacked to the same bits, also where blocks cross rows, into memory that is used again."""
+    codes = nf4.quantize_nf4(draw(*shape, scale=0.1))
+    workspace = Workspace()
+    first = codes.unpack(ALL, ALL, dtype, workspace)
+    assert torch.equal(first, nf4.reference_nf4(codes, dtype).to(HERE))
+    assert codes.unpack(ALL, ALL, dtype, workspace).data_ptr() == first.data_ptr()
+
+
+@needs_triton
+@pytest.mark.parametrize("width", [192, 40], ids=["whole blocks", "blocks cross rows"])
+@pytest.mark.parametrize("rows", [1, 19, 70])
+def test_nf4_projection(
+    gpu_bodies: None, monkeypatch: pytest.MonkeyPatch, rows: int, width: int
+) -> None:
+    """Few rows are multiplied by the codes, many by the matrix; both with bias and adapter."""
+    from tsugiki.kernels.gpu import nf4 as gpu
+
+    taken = []
+    whole = gpu.matmul
+    monkeypatch.setattr(gpu, "matmul", lambda *given: taken.append(1) or whole(*given))
+    codes = nf4.quantize_nf4(draw(48, width, scale=0.1))
+    weight = QuantizedWeight(codes, draw(48), Workspace(), torch.float32)
+    x = draw(1, rows, width).requires_grad_()
+    a, b = draw(5, width, scale=0.1).requires_grad_(), draw(48, 5).requires_grad_()
+    dense = DenseWeight(nf4.reference_nf4(codes, torch.float32).to(HERE), weight.bias)
+    close(
+        gradients(lambda: grouped_linear(x, [weight], [[LoraTerm(a, b, 0.7)]]), [x, a, b]),
+        gradients(lambda: reference_linear(x, [dense], [LoraTerm(a, b, 0.7)]), [x, a, b]),
+    )
+    assert bool(taken) == (rows <= gpu.SKINNY and width % 64 == 0)
 
 
 @needs_triton

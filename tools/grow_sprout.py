@@ -29,7 +29,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from sprout_corpus import dialogue, documentation, documentation_words, render
+from sprout_corpus import (
+    dialogue,
+    documentation,
+    documentation_words,
+    package_documentation,
+    render,
+)
 from sprout_tokenizer import CONTEXT, make_tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -50,14 +56,14 @@ _documents: list[list[int]]
 _known: list[str]
 
 
-def begin_worker(folder: str) -> None:
-    """Each worker reads the corpus once."""
+def begin_worker(folder: str, packages: bool) -> None:
+    """Each worker reads the corpus once: the standard library's documentation, or packages'."""
     global _tokenizer, _documents, _known
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     _tokenizer = AutoTokenizer.from_pretrained(folder)
     end = _tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    texts = list(documentation(held_out=False))
+    texts = package_documentation() if packages else list(documentation(held_out=False))
     _documents = [[*ids, end] for ids in _tokenizer(texts, add_special_tokens=False)["input_ids"]]
     _known = documentation_words()
 
@@ -171,11 +177,11 @@ class Masters:
                 low.copy_(high)
 
 
-def stream(number: int, folder: Path) -> Iterator[np.ndarray]:
+def stream(number: int, folder: Path, packages: bool) -> Iterator[np.ndarray]:
     """Shards without end, made by other processes in a fixed order."""
     workers = max(1, (os.cpu_count() or 2) - 1)
     with multiprocessing.get_context("spawn").Pool(
-        workers, initializer=begin_worker, initargs=(str(folder),)
+        workers, initializer=begin_worker, initargs=(str(folder), packages)
     ) as pool:
         waiting: deque[Any] = deque()
         while True:
@@ -212,17 +218,27 @@ def grow(arguments: argparse.Namespace) -> None:
         phase = Phase(arguments.tokens, arguments.rate, LONG_FROM, arguments.stop)
         run(model, tokenizer, phase, arguments, curve)
     if arguments.then:
-        run(model, tokenizer, Phase(arguments.then, arguments.rate / 4, 0), arguments, curve)
+        run(
+            model,
+            tokenizer,
+            Phase(arguments.then, arguments.rate / 2, 0, second=True),
+            arguments,
+            curve,
+        )
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One schedule: millions of tokens, peak rate, share before windows get long, last step."""
+    """One schedule: millions of tokens, peak rate, share before windows get long, last step.
+
+    The second reads packages' documentation: the library's is small, and known by heart by then.
+    """
 
     tokens: float
     rate: float
     long_from: float
     stop: int | None = None
+    second: bool = False
 
 
 def run(
@@ -244,7 +260,8 @@ def run(
     total = math.ceil(phase.tokens * 1e6 / per_step)
     last = min(phase.stop or total, total)
     # the second phase's shards are never those of the first
-    shards = stream((arguments.seed << 20) + (0 if phase.long_from else 1 << 19), out_of(arguments))
+    number = (arguments.seed << 20) + (phase.second << 19)
+    shards = stream(number, out_of(arguments), phase.second)
     rest = next(shards)
     start, saved = time.monotonic(), time.monotonic()
     before = curve[-1] if curve else {"step": 0, "tokens": 0, "seconds": 0.0}
@@ -263,7 +280,7 @@ def run(
             input_ids=flat[None], position_ids=windows.positions(device), use_cache=False,
             tsugiki_batch=windows,
         ).last_hidden_state.view(*batch.shape, -1)  # fmt: skip
-        each = CrossEntropy.apply(
+        each = CrossEntropy.apply(  # type: ignore[no-untyped-call]
             hidden[:, :-1][chosen], model.get_output_embeddings().weight, batch[:, 1:][chosen]
         )
         loss = each.mean()

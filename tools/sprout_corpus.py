@@ -1,6 +1,6 @@
-"""Text that sprout grows on: this Python's own documentation, and dialogue made by our grammars.
+"""Text that sprout grows on: documentation of Python and of packages, and dialogue of our grammars.
 
-Every machine with Python has the first; the second is drawn fresh for every sample, with random
+Every machine with tsugiki has the first; the second is drawn fresh for every sample, with random
 words that never existed, so that copying, picking and reordering must be learnt instead of words.
 The demo's task (booking rooms) is in neither. Knows no model and no tokenizer.
 """
@@ -18,6 +18,8 @@ from pathlib import Path
 
 Turns = list[tuple[str, str]]  # (role, text)
 HELD_OUT_SHARE = 20  # one module in so many is never trained on
+
+PACKAGES = ("huggingface_hub", "networkx", "numpy", "rich", "torch")
 
 CONSONANTS = "b c d f g h j k l m n p r s t v w z br cl dr fl gr kr pl pr sh sl st th tr".split()
 VOWELS = "a e i o u ai ea ee oa oo ou".split()
@@ -63,6 +65,23 @@ def documentation(*, held_out: bool) -> Iterator[str]:
         import pydoc_data.topics as topics
 
         yield from (text for _, text in sorted(topics.topics.items()))
+
+
+def package_documentation() -> list[str]:
+    """Docstrings and comment blocks of freely licensed packages that tsugiki itself brings.
+
+    Each text once, the standard library's held-out texts never.
+    """
+    found = dict.fromkeys(
+        text
+        for name in PACKAGES
+        for path in sorted((Path(sysconfig.get_paths()["purelib"]) / name).rglob("*.py"))
+        for text in module_texts(path)
+        if len(text) < 6000
+    )
+    for text in documentation(held_out=True):
+        found.pop(text, None)
+    return list(found)
 
 
 def module_texts(path: Path) -> Iterator[str]:

@@ -15,10 +15,13 @@ import typer
 
 from tsugiki import __version__, supervise
 from tsugiki.config import RunConfig, build_config, read_yaml
+from tsugiki.doctor import doctor
 from tsugiki.errors import TsugikiError, UsageError
 from tsugiki.export_verb import export
 from tsugiki.flags import with_config_flags
 from tsugiki.presets import PRESETS, preset
+from tsugiki.quantizing import quantize_base
+from tsugiki.talk_verbs import chat, generate
 from tsugiki.terminal import Terminal
 
 app = typer.Typer(
@@ -110,109 +113,11 @@ def demo(
     _supervised(work, as_json)
 
 
-Adapters = Annotated[
-    list[str] | None,
-    typer.Option("--adapter", help="PATH or NAME=PATH, repeatable; default: the newest run's"),
-]
+app.command()(generate)
+app.command()(chat)
+
 Model = Annotated[str | None, typer.Option(help="base; default: the adapter's own, or sprout")]
-BaseOnly = Annotated[bool, typer.Option("--base-only", help="no adapter at all")]
 Accept = Annotated[bool, typer.Option("--accept-base", help="load on another base of these shapes")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="allow the model's own code")]
-Template = Annotated[str | None, typer.Option(help="chatml, alpaca, instruction-ja or plain")]
-System = Annotated[str | None, typer.Option(help="a system turn that always stays")]
-MaxTokens = Annotated[int, typer.Option(help="most tokens of an answer")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy")]
-TopK = Annotated[int | None, typer.Option(help="keep the k likeliest tokens")]
-TopP = Annotated[float | None, typer.Option(help="keep the likeliest tokens up to this share")]
-MinP = Annotated[float | None, typer.Option(help="keep tokens above this share of the best")]
-Penalty = Annotated[float, typer.Option(help="above 1: repeats are less likely")]
-Seed = Annotated[int | None, typer.Option(help="seed of the sampling")]
-Compare = Annotated[bool, typer.Option("--compare", help="base and tuned side by side")]
-
-
-@app.command()
-def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(help="prompts; default: stdin")] = None,
-    adapter: Adapters = None,
-    model: Model = None,
-    base_only: BaseOnly = False,
-    compare: Compare = False,
-    raw: Annotated[bool, typer.Option("--raw", help="continue the text, no chat format")] = False,
-    stop: Annotated[list[str] | None, typer.Option(help="text that ends an answer")] = None,
-    system: System = None,
-    max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: Penalty = 1.0,
-    seed: Seed = None,
-    template: Template = None,
-    accept_base: Accept = False,
-    trust_remote_code: Trust = False,
-    as_json: Json = False,
-) -> None:
-    """Answer prompts with the newest adapter, others, or the base."""
-    from tsugiki.engine.sampling import Sampling
-    from tsugiki.talk import Who, generate_command
-
-    generate_command(
-        Terminal(as_json=as_json),
-        Who(
-            model=model,
-            adapters=tuple(adapter or ()),
-            base_only=base_only,
-            template=template,
-            accept_base=accept_base,
-            trust_remote_code=trust_remote_code,
-        ),
-        prompts or (),
-        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens),
-        stop=tuple(stop or ()),
-        system=system,
-        raw=raw,
-        compare=compare,
-    )
-
-
-@app.command()
-def chat(
-    adapter: Adapters = None,
-    model: Model = None,
-    base_only: BaseOnly = False,
-    compare: Compare = False,
-    system: System = None,
-    max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: Penalty = 1.0,
-    seed: Seed = None,
-    template: Template = None,
-    accept_base: Accept = False,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Talk to the newest adapter; /help inside lists what can be typed."""
-    from tsugiki.engine.sampling import Sampling
-    from tsugiki.talk import Who, chat_command
-
-    chat_command(
-        Terminal(),
-        Who(
-            model=model,
-            adapters=tuple(adapter or ()),
-            base_only=base_only,
-            template=template,
-            accept_base=accept_base,
-            trust_remote_code=trust_remote_code,
-        ),
-        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens),
-        system=system,
-        compare=compare,
-    )
-
-
 Asked = Annotated[str | None, typer.Option("--dtype", help="f32, bf16 or f16; default: the base's")]
 
 
@@ -224,6 +129,9 @@ def merge(
     model: Model = None,
     untie: Annotated[bool, typer.Option("--untie", help="write a tied head apart")] = False,
     accept_base: Accept = False,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="rows that choose the base of a QLoRA adapter")
+    ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="leave the proof out")] = False,
     as_json: Json = False,
 ) -> None:
@@ -232,7 +140,7 @@ def merge(
 
     terminal = Terminal(as_json=as_json)
     how: dict[str, Any] = {"model": model, "dtype": dtype, "accept_base": accept_base}
-    merged = merge_adapter(adapter, output, terminal, untie=untie, **how)
+    merged = merge_adapter(adapter, output, terminal, untie=untie, eval_data=eval_data, **how)
     if not no_verify and not verify_pair(str(adapter), str(merged.folder), terminal, **how):
         raise typer.Exit(1)
 
@@ -318,10 +226,16 @@ def presets(as_json: Json = False) -> None:
     table = Table("preset", "for", "settings", box=None, pad_edge=False)
     for name, (text, values) in PRESETS.items():
         flat = ", ".join(
-            f"{key} {value:g}" for part in values.values() for key, value in part.items()
+            f"{key} {value if isinstance(value, str) else format(value, 'g')}"
+            for part in values.values()
+            for key, value in part.items()
         )
         table.add_row(name, text, flat)
     Terminal(as_json=as_json).say("presets", table, presets={k: v for k, (_, v) in PRESETS.items()})
+
+
+app.command("quantize-base")(quantize_base)
+app.command("doctor")(doctor)
 
 
 def _supervised(work: Any, as_json: bool) -> None:
@@ -343,6 +257,7 @@ def _explain_kill(outcome: supervise.Outcome, terminal: Terminal) -> None:
         else "the run was killed (SIGKILL); without a kill by hand this means out of memory"
     )
     ways = (
+        "--quantize nf4, --gradient-checkpointing always, "
         "--batch-size 1 --gradient-accumulation-steps 16, --lora-r 8, fewer --targets, "
         "a smaller --max-length"
     )

@@ -17,12 +17,24 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tsugiki.errors import UsageError, did_you_mean
+from tsugiki.files import parse_bytes
 
 TrainOn = Literal["assistant", "last", "everything"]
 Long = Literal["skip", "window", "split"]
 Method = Literal["lora", "full"]
 Scheduler = Literal["cosine", "linear", "constant"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Quantize = Literal["none", "nf4", "int8"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+Checkpointing = Literal["auto", "always", "never"]
+
+# What people type for an optimiser (Hugging Face's and bitsandbytes' names among them).
+OPTIMIZER_NAMES: dict[str, str] = {
+    "adam": "adamw", "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw",
+    "adamw8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "adamw_bitsandbytes": "adamw_8bit",
+    "paged_adamw": "adamw", "paged_adamw_32bit": "adamw",  # full precision: little to page
+    "paged_adamw8bit": "paged_adamw_8bit", "paged_adamw_bnb_8bit": "paged_adamw_8bit",
+}  # fmt: skip
 
 
 def option(flag: str, text: str, default: Any = None) -> Any:
@@ -46,6 +58,11 @@ class ModelConfig(Section):
     )
     device: str = option("--device", "auto, cpu, cuda, cuda:N or mps", "auto")
     dtype: DType = option("--dtype", "compute type; auto takes a short timing probe", "auto")
+    quantize: Quantize = option(
+        "--quantize",
+        "keep the frozen projections in few bits: nf4 (QLoRA, 4 bits), int8 or none",
+        "none",
+    )
 
 
 class DataConfig(Section):
@@ -153,6 +170,19 @@ class TrainConfig(Section):
     weight_decay: float | None = option("--weight-decay", "AdamW's decoupled weight decay")
     scheduler: Scheduler | None = option("--scheduler", "cosine, linear or constant after warm-up")
     max_grad_norm: float = option("--max-grad-norm", "clip the global gradient norm (0: off)", 1.0)
+    optimizer: Optimizer = option(
+        "--optimizer",
+        "adamw, adamw_8bit or paged_adamw_8bit (the last two need CUDA; elsewhere: adamw)",
+        "adamw",
+    )
+    gradient_checkpointing: Checkpointing = option(
+        "--gradient-checkpointing",
+        "compute each layer twice to save memory: auto (where memory needs it), always, never",
+        "auto",
+    )
+    max_memory: str | None = option(
+        "--max-memory", "most memory the run may take, such as 8GB or 6GiB; default: what is free"
+    )
     seed: int = option("--seed", "seed of shuffling, dropout and initial weights", 0)
     save_every: int | None = option("--save-every", "steps between checkpoints")
     log_every: int | None = option("--log-every", "steps between log lines")
@@ -166,6 +196,21 @@ class TrainConfig(Section):
     show_grad_norms: bool = option(
         "--show-grad-norms", "gradient norm of every LoRA tensor in the log", False
     )
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _optimizer(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        name = value.strip().lower().replace("-", "_")
+        return OPTIMIZER_NAMES.get(name, name)
+
+    @field_validator("max_memory")
+    @classmethod
+    def _max_memory(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_bytes(value)
+        return value
 
     @field_validator("learning_rate", "epochs")
     @classmethod

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,8 +117,29 @@ def keep_pages() -> bool:
 def usable_cores() -> int:
     """Cores this process may use (an affinity mask or container limit counts)."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    quota = core_quota()
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def core_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Cores' worth of time that a container may use; None without a limit.
+
+    Threads beyond it do not run slower but stop all together until the next period.
+    """
+    for limit, period in (("cpu.max", None), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            words = (root / limit).read_text().split()
+            if period is not None:
+                words += (root / period).read_text().split()
+            allowed, whole = (int(word) for word in words)
+        except (OSError, ValueError):  # no such file, or 'max'
+            continue
+        if allowed > 0 and whole > 0:
+            return allowed / whole
+    return None
 
 
 def _device(asked: str) -> tuple[str, str]:

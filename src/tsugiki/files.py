@@ -14,6 +14,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -273,12 +274,12 @@ def free_bytes(path: Path) -> int:
 
 
 def human_bytes(count: float) -> str:
-    """1536 → '1.5 KB' (powers of 1024, one decimal)."""
+    """1500 → '1.5 KB' (powers of 1000, one decimal), as `parse_bytes` reads them."""
     size = float(count)
     for unit in ("B", "KB", "MB", "GB"):
-        if abs(size) < 1024:
+        if abs(size) < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
+        size /= 1000
     return f"{size:.1f} TB"
 
 
@@ -333,3 +334,19 @@ class RunLock:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+
+def parse_bytes(text: str) -> int:
+    """'8GB' (10⁹), '6GiB' (2³⁰), '512 MB', '1000000' → bytes.
+
+    Raises:
+        ValueError: anything else, or nothing at all.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if match is None:
+        raise ValueError("a size such as 8GB, 6GiB or 500MB")
+    number, letter, binary = match.groups()
+    size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(letter or " "))
+    if size <= 0:
+        raise ValueError("must be more than nothing")
+    return size

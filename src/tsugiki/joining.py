@@ -14,10 +14,12 @@ import torch
 from rich.text import Text
 
 from tsugiki.adapters.origin import adapter_folder, find_base
+from tsugiki.adapters.record import recorded_quantization
 from tsugiki.errors import DataError
 from tsugiki.files import human_bytes
 from tsugiki.formats.mixes import find_kind
-from tsugiki.merging import NAMES, Merged, plan_merge, type_code, write_merged
+from tsugiki.merging import NAMES, Merged, MergePlan, plan_merge, type_code, write_merged
+from tsugiki.models.hub import ResolvedModel
 from tsugiki.terminal import Terminal
 
 if TYPE_CHECKING:  # both import transformers, which merging does without
@@ -34,13 +36,18 @@ def merge_adapter(
     dtype: str | None = None,
     untie: bool = False,
     accept_base: bool = False,
+    eval_data: Path | None = None,
 ) -> Merged:
     """Merge an adapter into its base and tell what was done.
+
+    One that was trained on a base in few bits is merged into whichever is better by held-out loss:
+    the numbers of those bits, or the stored weights.
 
     Args:
         adapter: an adapter folder, or a run folder that holds one.
         output: the new model folder; beside the adapter when None.
         model: the base; the adapter's own when None.
+        eval_data: rows to measure that on; the run's own held-out rows when None.
 
     Raises:
         TsugikiError: anything that keeps the merged folder from being right; nothing is written.
@@ -71,6 +78,9 @@ def merge_adapter(
         need=plan.need,
         output=str(output),
     )
+    kept, _ = recorded_quantization(plan.changes.record)
+    if kept != "none":
+        plan = _better(plan, kept, base, eval_data, terminal)
     began = time.monotonic()
     merged = write_merged(plan, output)
     seconds = time.monotonic() - began
@@ -84,6 +94,33 @@ def merge_adapter(
         seconds=seconds,
     )
     return merged
+
+
+def _better(
+    plan: MergePlan, kept: str, base: ResolvedModel, rows: Path | None, terminal: Terminal
+) -> MergePlan:
+    """The merge into the better of two bases; what was measured is told."""
+    from tsugiki.judging import better_base
+
+    judged = better_base(plan, kept, base, rows)
+    taken = judged.plan.base.kept
+    names = {kept: f"the {kept} numbers that training saw", "none": "the stored weights"}
+    if judged.losses:
+        found = ", ".join(f"{loss:.5f} on {names[key]}" for key, loss in judged.losses.items())
+        text = (
+            f"trained on its base in {kept}; held-out loss merged as {judged.dtype}, "
+            f"{judged.rows} rows: {found}; taking {names[taken]}"
+        )
+    else:
+        text = (
+            f"trained on its base in {kept}; taking {names[taken]}, not measured against "
+            f"{names['none']}: {judged.reason} (--eval-data FILE measures both)"
+        )
+    terminal.say(
+        "merge_base", text, taken=taken, losses=judged.losses, rows=judged.rows,
+        dtype=judged.dtype, reason=judged.reason,
+    )  # fmt: skip
+    return judged.plan
 
 
 def verify_pair(

@@ -57,6 +57,8 @@ NOT_COPIED = (
 class MergePlan:
     """Everything decided before a byte is written.
 
+    The base may be seen as it was kept in few bits (models/kept.py): its numbers are written then.
+
     dtype: code of the type that every float tensor gets, None to keep each one's own.
     need: bytes that the new folder takes.
     """
@@ -199,13 +201,27 @@ def _code(plan: MergePlan, tensor: Stored) -> str:
     return plan.dtype if plan.dtype and tensor.dtype.is_floating_point else tensor.code
 
 
+def merged_tensor(plan: MergePlan, name: str) -> torch.Tensor:
+    """One tensor whole, as `write_merged` would write it.
+
+    Raises:
+        OverflowError: a weight that the type cannot hold.
+    """
+    source, change = _source(plan, name), plan.changes.by_name.get(name)
+    blocks = merged_blocks(plan.base.tensor(source.name), change, DTYPES[_code(plan, source)])
+    return torch.cat(list(blocks)).view(source.shape)
+
+
+def _source(plan: MergePlan, name: str) -> Stored:
+    """Where a tensor's numbers come from: a head that is written apart has the embedding's."""
+    tensors = plan.base.tensors
+    return tensors[name if name in tensors else embedding_name(plan.base) or ""]
+
+
 def _pieces(plan: MergePlan, placed: Stored) -> Iterator[memoryview]:
     """The bytes of one new tensor."""
     name = placed.name
-    if name not in plan.base.tensors:
-        source = plan.base.tensors[embedding_name(plan.base) or ""]
-    else:
-        source = plan.base.tensors[name]
+    source = _source(plan, name)
     change = plan.changes.by_name.get(name)
     if change is None and placed.code == source.code:
         content = plan.base.bytes_of(source)
@@ -289,6 +305,7 @@ def _write_record(plan: MergePlan, folder: Path, digests: dict[str, str]) -> Non
         "format_version": 1,
         "kind": "merged",
         "base": plan.identity.__dict__ if plan.identity else None,
+        "base_kept": plan.base.kept,
         "adapter": {"folder": str(plan.changes.folder), "weights_sha256": plan.changes.digest},
         "dtype": plan.dtype and NAMES[plan.dtype],
         "untied": plan.untie,

@@ -23,11 +23,25 @@ from tsugiki.data.dataset import Prepared, prepare
 from tsugiki.data.formats import Rows, read_rows
 from tsugiki.data.report import counts_table, show
 from tsugiki.device import Decisions, decide
-from tsugiki.errors import DataError, MemoryLimitError
+from tsugiki.errors import DataError, MemoryLimitError, UsageError
 from tsugiki.files import human_bytes, read_json, require_space
-from tsugiki.models.load import Base, ResolvedModel, load_base, load_tokenizer, resolve_model
+from tsugiki.models.load import (
+    Base,
+    ResolvedModel,
+    load_base,
+    load_tokenizer,
+    origin_of,
+    resolve_model,
+)
 from tsugiki.models.spec import ModelSpec
-from tsugiki.planning import Facts, Plan, check_context, make_plan
+from tsugiki.planning import (
+    Facts,
+    Plan,
+    check_context,
+    compare_memory,
+    make_plan,
+    projection_bytes,
+)
 from tsugiki.terminal import Terminal
 from tsugiki.training.events import TrainResult
 from tsugiki.training.loop import train
@@ -96,6 +110,7 @@ def run_prepared(
         device=session.decisions.device,
         trust_remote_code=session.plan.config.model.trust_remote_code,
         random_init=random_init,
+        quantize=session.plan.config.model.quantize,
     )
     for note in base.notes:
         terminal.say("note", Text(note, style="dim"), text=note)
@@ -105,6 +120,12 @@ def run_prepared(
 
 def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) -> Session:
     """Everything before weights: base found, rows read and proven, values chosen."""
+    if config.train.method == "full" and config.model.quantize != "none":
+        raise UsageError(
+            "full fine-tuning changes every weight, and weights in few bits cannot be changed",
+            got=f"--method full --quantize {config.model.quantize}",
+            fix="leave one of them out",
+        )
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"path": find_data(config)})}
     )
@@ -112,6 +133,10 @@ def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) 
     if config.model.name is None:
         text = "no --model given: training sprout, the small practice model that comes with tsugiki"
         terminal.say("note", Text(text, style="dim"), text=text)
+    origin = origin_of(resolved.folder, config.model.quantize)
+    if origin is not None:
+        kept = config.model.model_copy(update={"quantize": origin.method})
+        config = config.model_copy(update={"model": kept})
     spec = ModelSpec.from_folder(resolved.folder, trust_remote_code=config.model.trust_remote_code)
     check_context(config.data.max_length, spec)
     tokenizer = load_tokenizer(resolved, trust_remote_code=config.model.trust_remote_code)
@@ -121,24 +146,36 @@ def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) 
     else:
         decisions = decide(config.model.device, config.model.dtype, hidden_size=spec.hidden_size)
     decisions.apply()
-    rows = _read(config)
-    held_out = _read_eval(config)
-    prepared = prepare(
-        rows,
-        chat,
-        max_length=config.data.max_length or spec.context,
-        long=config.data.long,
-        train_on=config.data.train_on,
-        eval_rows=held_out,
-        eval_ratio=config.data.eval_ratio,
-        seed=config.train.seed,
-        strict=config.data.strict,
-    )
+    rows, prepared = prepare_rows(config, chat, spec.context)
     show_rows(rows, prepared, tokenizer, terminal)
     trainable = count_trainable(config, spec)
     stored = config.model_copy(update=absolute_paths(config))
     plan = make_plan(stored, spec, facts_of(prepared), decisions, trainable=trainable)
     return Session(resolved, tokenizer, chat, spec, prepared, decisions, plan)
+
+
+def prepare_rows(config: RunConfig, chat: ChatFormat, context: int) -> tuple[Rows, Prepared]:
+    """The rows that a run trains on and holds out.
+
+    Args:
+        context: tokens that the base can see.
+
+    Raises:
+        DataError: a file that cannot be read, or nothing to train on.
+    """
+    rows = _read(config)
+    prepared = prepare(
+        rows,
+        chat,
+        max_length=config.data.max_length or context,
+        long=config.data.long,
+        train_on=config.data.train_on,
+        eval_rows=_read_eval(config),
+        eval_ratio=config.data.eval_ratio,
+        seed=config.train.seed,
+        strict=config.data.strict,
+    )
+    return rows, prepared
 
 
 def absolute_paths(config: RunConfig) -> dict[str, Section]:
@@ -265,6 +302,12 @@ def show_plan(session: Session, terminal: Terminal) -> None:
         for name, sizes in by_name.items():
             table.add_row(f"  {name}", f"{len(sizes)} × {sizes[0]:,} = {sum(sizes):,}", "")
     table.add_row("trained", f"{trainable:,} parameters ({share:.2f} %)", "")
+    if config.model.quantize != "none":
+        kept, of = projection_bytes(session.spec, config.model.quantize, session.decisions)
+        table.add_row(
+            "quantize", config.model.quantize,
+            f"projections in {human_bytes(kept)} instead of {human_bytes(of)}",
+        )  # fmt: skip
     for name in ("device", "dtype", "threads"):
         reason = session.decisions.reasons.get(name, "")
         table.add_row(name, str(getattr(session.decisions, name)), reason)
@@ -274,6 +317,9 @@ def show_plan(session: Session, terminal: Terminal) -> None:
     table.add_row("steps", f"{plan.steps:,} of {plan.rows_per_step} rows", "")
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.memory.items())
     table.add_row("memory", f"about {human_bytes(plan.memory_total)}", parts)
+    ways = compare_memory(session.spec, config, facts_of(session.prepared), session.decisions)
+    shown = " : ".join(f"{name} {human_bytes(size)}" for name, size in ways.items())
+    table.add_row("", shown, "what this run would need either way")
     table.add_row("disk", f"up to {human_bytes(plan.disk)}", "")
     terminal.say(
         "plan",
@@ -284,6 +330,7 @@ def show_plan(session: Session, terminal: Terminal) -> None:
         steps=plan.steps,
         trainable=trainable,
         memory=plan.memory,
+        memory_by_method=ways,
         disk=plan.disk,
     )
 
@@ -327,7 +374,9 @@ def _train(
 def _memory_error(session: Session, folder: Path) -> MemoryLimitError:
     from tsugiki.planning import ways_out
 
-    ways = "; ".join(ways_out(session.plan.config, facts_of(session.prepared)))
+    plan, facts = session.plan, facts_of(session.prepared)
+    trainable = count_trainable(plan.config, session.spec)
+    ways = "; ".join(ways_out(session.spec, plan.config, facts, session.decisions, trainable))
     return MemoryLimitError(
         "out of memory",
         got=f"predicted {human_bytes(session.plan.memory_total)}",

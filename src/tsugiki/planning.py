@@ -7,22 +7,25 @@ run folder's `config.yaml` holds no open value. Knows nothing of how training is
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from tsugiki.adapters.targets import resolve_targets
 from tsugiki.config import LoraConfig, RunConfig
 from tsugiki.device import Decisions
-from tsugiki.errors import MemoryLimitError, UsageError
-from tsugiki.files import human_bytes
+from tsugiki.errors import AdapterError, MemoryLimitError, UsageError
+from tsugiki.files import human_bytes, parse_bytes
+from tsugiki.memory import Pass, predict, shape_of, weight_bytes
 from tsugiki.models.spec import ModelSpec
 
-# Measured once on a bare process: interpreter, torch, transformers, tokenizer.
-PROCESS_BYTES = 450 << 20
 # Rows of one forward pass stop growing here: beyond it a CPU gains nothing.
 PASS_TOKENS = 4096
-ADAM_BYTES = 16  # fp32 master, gradient and two moments of one trained parameter
+# Of what may be used, what a run is planned for: predictions are right within a tenth.
+SHARE = 0.9
+CUDA_BYTES = 512 << 20  # a process's share of a GPU before it allocates; not yet measured
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def make_plan(
         facts: counts of the rows that will be trained on.
         decisions: device and dtype.
         trainable: parameters that will be trained.
-        available: bytes that may be used; the free memory of the machine when None.
+        available: bytes that the process may hold; --max-memory or what is free when None.
 
     Raises:
         UsageError: a context that the base does not have.
@@ -112,7 +115,14 @@ def make_plan(
         lora = lora.model_copy(update={"alpha": lora.resolved_alpha})
     check_context(config.data.max_length, spec)
 
-    memory_left = available if available is not None else free_memory(decisions.device)
+    limit = available if available is not None else memory_limit(asked.max_memory, decisions.device)
+
+    def need(micro: int, checkpointing: str) -> int:
+        changed = asked.model_copy(update={"gradient_checkpointing": checkpointing})
+        tried = config.model_copy(update={"train": changed})
+        return sum(predict_memory(spec, tried, facts, decisions, micro, trainable).values())
+
+    lean = "always" if asked.gradient_checkpointing == "always" else "never"
     rows_per_step = choose_rows_per_step(facts.rows)
     if asked.batch_size and asked.gradient_accumulation_steps:
         micro, accumulation = asked.batch_size, asked.gradient_accumulation_steps
@@ -128,17 +138,23 @@ def make_plan(
         micro, accumulation = rows_per_step, 1
         why = f"{facts.rows} rows: {rows_per_step} rows a step"
         mean = max(1, facts.tokens // max(1, facts.rows))
-        while micro > 1 and (
-            micro * mean > PASS_TOKENS
-            or sum(predict_memory(spec, config, facts, decisions, micro, trainable).values())
-            > 0.8 * memory_left
-        ):
+        while micro > 1 and (micro * mean > PASS_TOKENS or need(micro, lean) > SHARE * limit):
             micro = (micro + 1) // 2
         accumulation = math.ceil(rows_per_step / micro)
         if accumulation > 1:
             why += f", {micro} at a time"
         reasons["train.batch_size"] = why
         reasons["train.gradient_accumulation_steps"] = why
+    if asked.gradient_checkpointing == "auto":
+        without, with_it = need(micro, "never"), need(micro, "always")
+        if without > SHARE * limit and with_it < without:
+            lean = "always"
+            reasons["train.gradient_checkpointing"] = (
+                f"{human_bytes(without)} without it, {human_bytes(with_it)} with it, "
+                f"{human_bytes(limit)} to use; a step takes about a third longer"
+            )
+        else:
+            reasons["train.gradient_checkpointing"] = "not needed: there is memory enough"
     per_step = micro * accumulation
     epochs = asked.epochs
     if epochs is None:
@@ -153,7 +169,14 @@ def make_plan(
         "epochs": epochs,
         "batch_size": micro,
         "gradient_accumulation_steps": accumulation,
+        "gradient_checkpointing": lean,
     }
+    if asked.optimizer != "adamw" and not decisions.device.startswith("cuda"):
+        filled["optimizer"] = "adamw"
+        reasons["train.optimizer"] = (
+            f"{asked.optimizer} needs CUDA: AdamW with fp32 state instead, "
+            f"{human_bytes(8 * trainable)} for {trainable:,} parameters"
+        )
 
     def choose(name: str, value: object, why: str) -> None:
         if getattr(asked, name) is None:
@@ -183,12 +206,12 @@ def make_plan(
     resolved = config.model_copy(update={"lora": lora, "train": train})
     memory = predict_memory(spec, resolved, facts, decisions, micro, trainable)
     plan = Plan(resolved, reasons, steps, per_step, memory, predict_disk(spec, resolved, trainable))
-    if plan.memory_total > memory_left:
+    if plan.memory_total > limit:
         raise MemoryLimitError(
             f"this run needs about {human_bytes(plan.memory_total)}",
-            got=f"{human_bytes(memory_left)} free; "
+            got=f"{human_bytes(limit)} to use; "
             + ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items()),
-            fix="; ".join(ways_out(resolved, facts)),
+            fix="; ".join(ways_out(spec, resolved, facts, decisions, trainable)),
         )
     return plan
 
@@ -216,26 +239,48 @@ def predict_memory(
     micro: int,
     trainable: int,
 ) -> dict[str, int]:
-    """Bytes by part at the peak of a step.
-
-    Activations per token and layer follow the saved set of the unfused path: inputs of the
-    projections, queries, keys, values, attention output, three MLP streams and the norms' fp32
-    copies; the head keeps one chunk of logits.
-    """
-    width = 2 if decisions.dtype in ("bfloat16", "float16") else 4
-    longest = facts.longest
+    """Bytes by part at the peak of a run whose passes hold `micro` rows (`tsugiki.memory`)."""
+    # full fine-tuning holds its weights in fp32
+    short = decisions.dtype in ("bfloat16", "float16") and config.train.method != "full"
+    width = 2 if short else 4
     mean = facts.tokens / max(1, facts.rows)
-    tokens = min(micro * longest, int(micro * mean * 1.5) + longest)
-    k, kv, m = spec.hidden_size, spec.kv_heads * spec.head_dim, spec.intermediate_size
-    per_token = width * (12 * k + 6 * kv + 6 * m) + 4 * 4 * k
-    full = config.train.method == "full"
-    return {
-        "process": PROCESS_BYTES,
-        "weights": spec.parameters * (4 if full else width),
-        "trained": trainable * (ADAM_BYTES - 4 if full else ADAM_BYTES),
-        "activations": int(tokens * spec.layers * per_token),
-        "head": min(tokens, 1024) * spec.vocab_size * 12,
-    }
+    tokens = min(micro * facts.longest, int(micro * mean * 1.5) + facts.longest)
+    labelled = math.ceil(tokens * facts.labelled_tokens / max(1, facts.tokens))
+    batch = Pass(tokens, facts.longest, labelled)
+    held_out = facts.held_out * facts.longest
+    resident = CUDA_BYTES if decisions.device.startswith("cuda") else None
+    return predict(spec, config, batch, held_out, width, trainable, resident=resident)
+
+
+def projection_bytes(spec: ModelSpec, quantize: str, decisions: Decisions) -> tuple[int, int]:
+    """Bytes of the frozen projections in few bits, and in the compute type."""
+    shape = replace(shape_of(spec), others=0)
+    width = 2 if decisions.dtype in ("bfloat16", "float16") else 4
+    return weight_bytes(shape, quantize, width), weight_bytes(shape, "none", width)
+
+
+def compare_memory(
+    spec: ModelSpec, config: RunConfig, facts: Facts, decisions: Decisions
+) -> dict[str, int]:
+    """Bytes at the peak of this run as full fine-tuning, LoRA, and LoRA on a base in four bits."""
+    needs = {}
+    for name, method, quantize in (
+        ("full", "full", "none"), ("LoRA", "lora", "none"), ("QLoRA", "lora", "nf4"),
+    ):  # fmt: skip
+        changed = config.model_copy(
+            update={
+                "train": config.train.model_copy(update={"method": method}),
+                "model": config.model.model_copy(update={"quantize": quantize}),
+            }
+        )
+        count = spec.parameters
+        if method == "lora":
+            found = resolve_targets(spec.meta_model(), config.lora.targets)
+            count = sum(target.count(config.lora.r) for target in found)
+        micro = config.train.batch_size or 1
+        parts = predict_memory(spec, changed, facts, decisions, micro, count)
+        needs[name] = sum(parts.values())
+    return needs
 
 
 def predict_disk(spec: ModelSpec, config: RunConfig, trainable: int) -> int:
@@ -244,25 +289,66 @@ def predict_disk(spec: ModelSpec, config: RunConfig, trainable: int) -> int:
     return 3 * per_checkpoint + 2 * trainable * 4 + (16 << 20)
 
 
-def ways_out(config: RunConfig, facts: Facts) -> list[str]:
-    """What to do about too little memory, strongest first, as flags."""
-    ways = []
-    if (config.train.batch_size or 2) > 1:
-        ways.append("--batch-size 1 --gradient-accumulation-steps 16")
+def ways_out(
+    spec: ModelSpec, config: RunConfig, facts: Facts, decisions: Decisions, trainable: int
+) -> list[str]:
+    """What to do about too little memory as flags, what saves most first, each with its need."""
+    train, lora = config.train, config.lora
+    ways: list[tuple[str, RunConfig, Facts, int]] = []
+
+    def way(flags: str, section: str, changes: dict[str, object], **more: Any) -> None:
+        part = getattr(config, section).model_copy(update=changes)
+        changed = config.model_copy(update={section: part})
+        ways.append((flags, changed, more.get("facts", facts), more.get("count", trainable)))
+
+    if train.method == "full":
+        lean = count_lora(spec, lora.r, "all-linear")
+        way("--method lora", "train", {"method": "lora"}, count=lean)
+    else:
+        if config.model.quantize == "none":
+            way("--quantize nf4", "model", {"quantize": "nf4"})
+        if lora.r > 8:
+            way("--lora-r 8", "lora", {"r": 8}, count=trainable * 8 // lora.r)
+        if lora.targets != "minimal" and (few := count_lora(spec, lora.r, "minimal")):
+            way("--targets minimal", "lora", {"targets": "minimal"}, count=few)
+    if train.gradient_checkpointing != "always":
+        flags = "--gradient-checkpointing always"
+        way(flags, "train", {"gradient_checkpointing": "always"})
+    if (train.batch_size or 1) > 1:
+        rows = (train.batch_size or 1) * (train.gradient_accumulation_steps or 1)
+        flags = f"--batch-size 1 --gradient-accumulation-steps {rows}"
+        way(flags, "train", {"batch_size": 1})
     if facts.longest > 256:
-        ways.append(f"--max-length {facts.longest // 2}")
-    if config.train.method == "full":
-        ways.append("--method lora")
-    if config.lora.targets != "minimal":
-        ways.append("--targets minimal")
-    if config.lora.r > 8:
-        ways.append("--lora-r 8")
-    ways.append("a smaller base")
-    return ways
+        half = facts.longest // 2
+        shorter = replace(facts, longest=half, tokens=min(facts.tokens, facts.rows * half))
+        way(f"--max-length {half}", "data", {"max_length": half}, facts=shorter)
+    needs = []
+    for flags, changed, seen, count in ways:
+        micro = changed.train.batch_size or 1
+        parts = predict_memory(spec, changed, seen, decisions, micro, count)
+        needs.append((sum(parts.values()), flags))
+    return [f"{flags} ({human_bytes(size)})" for size, flags in sorted(needs)] + ["a smaller base"]
+
+
+def count_lora(spec: ModelSpec, r: int, targets: str) -> int:
+    """Parameters of an adapter from shapes alone; 0 where the targets are not this model's."""
+    try:
+        found = resolve_targets(spec.meta_model(), targets)
+    except AdapterError:
+        return 0
+    return sum(target.count(r) for target in found)
+
+
+def memory_limit(asked: str | None, device: str) -> int:
+    """Bytes that the process may hold: what was asked for, else what it holds and what is free."""
+    if asked is not None:
+        return parse_bytes(asked)
+    own = 0 if device.startswith("cuda") else int(psutil.Process().memory_info().rss)
+    return free_memory(device) + own
 
 
 def free_memory(device: str) -> int:
-    """Bytes that a run may use: free GPU memory, or what the machine or container has left."""
+    """Bytes left: free GPU memory, or what the machine or container has."""
     if device.startswith("cuda"):
         import torch
 

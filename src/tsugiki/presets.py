@@ -22,9 +22,13 @@ def _preset(
     accumulation: int | None = None,
     warmup: float | None = None,
     decay: float | None = None,
+    length: int | None = None,
+    optimizer: str | None = None,
+    quantize: str | None = None,
 ) -> tuple[str, dict[str, Any]]:
     lora = {"r": r, "alpha": alpha, "dropout": dropout}
     train = {
+        "optimizer": optimizer,
         "learning_rate": rate,
         "epochs": epochs,
         "batch_size": batch,
@@ -32,10 +36,17 @@ def _preset(
         "warmup_ratio": warmup,
         "weight_decay": decay,
     }
-    return text, {
-        "lora": {key: value for key, value in lora.items() if value is not None},
-        "train": {key: value for key, value in train.items() if value is not None},
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"quantize": quantize},
+        "data": {"max_length": length},
+        "lora": lora,
+        "train": train,
     }
+    given = {
+        section: {key: value for key, value in values.items() if value is not None}
+        for section, values in sections.items()
+    }
+    return text, {section: values for section, values in given.items() if values}
 
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -59,6 +70,10 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "memory-under-8gb": _preset("less than 8 GB of memory", 4, 8, batch=1, accumulation=16),
     "memory-8-16gb": _preset("8 to 16 GB of memory", 16, 32, batch=2, accumulation=8),
     "memory-over-16gb": _preset("more than 16 GB of memory", 32, 64, batch=4, accumulation=4),
+    "qlora": _preset(
+        "a base in four bits, long rows cut", 16, 32, 0.05, 2e-4, epochs=3, batch=4, accumulation=4,
+        length=512, optimizer="paged_adamw_8bit", quantize="nf4",
+    ),
     "textbook": _preset(
         "raw text on GPT-2 (Aozora Bunko)", 8, 32, 0.1, 1e-4, epochs=3, batch=4, accumulation=4
     ),

@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from tsugiki.kernels.linear import DenseWeight, FrozenWeight, LoraTerm, grouped_linear
-
-
-def frozen_weight(module: nn.Module) -> FrozenWeight:
-    """The weight of a plain projection behind the protocol; Conv1D stores (in, out)."""
-    assert isinstance(module, nn.Linear | Conv1D)
-    return DenseWeight(module.weight, module.bias, transposed=isinstance(module, Conv1D))
+from tsugiki.kernels.linear import LoraTerm, grouped_linear
+from tsugiki.models.projections import frozen_weight
 
 
 class LoraLinear(nn.Module):
     """A projection with one trainable adapter.
 
     Args:
-        base: nn.Linear or transformers' Conv1D; frozen, kept as the child `base`.
+        base: a projection, also a quantised one; frozen, kept as the child `base`.
         a: (r, in) fp32.
         b: (out, r) fp32.
         scale: alpha/r, or alpha/sqrt(r).

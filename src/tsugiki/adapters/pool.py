@@ -12,12 +12,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from tsugiki.adapters.attach import refuse_attached
-from tsugiki.adapters.lora import frozen_weight
 from tsugiki.adapters.storage import AdapterInfo, BaseIdentity, read_adapter
 from tsugiki.adapters.targets import head_path
 from tsugiki.errors import AdapterError
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.kernels.linear import LoraTerm, grouped_linear
+from tsugiki.models.projections import frozen_weight
 
 
 class Cell:

@@ -20,13 +20,28 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """Who a base is: name and commit for people, digests of its tensors for us."""
+    """Who a base is: name and commit for people, digests of its tensors for us.
+
+    quantize: how its projections were kept: none, nf4 or int8; the digests are of the 16-bit base.
+    quantized_folder: where these few-bit weights are stored, if they are.
+    """
 
     name: str
     exact: str
     rounded: str
     commit: str | None = None
     dtype: str | None = None
+    quantize: str = "none"
+    quantized_folder: str | None = None
+
+
+def recorded_quantization(record: Any) -> tuple[str, Path | None]:
+    """(none, nf4 or int8; the folder of the few-bit base) that an adapter was trained with."""
+    base = record.get("base") if isinstance(record, dict) else None
+    if not isinstance(base, dict) or base.get("quantize") not in ("nf4", "int8"):
+        return "none", None
+    folder = base.get("quantized_folder")
+    return base["quantize"], Path(folder) if isinstance(folder, str) else None
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -92,7 +107,10 @@ def check_base(
     if not saved or base is None:
         return ["base not verified: one of the two carries no fingerprint"]
     if saved["exact"] == base.exact:
-        return []
+        was = recorded_quantization({"base": saved})[0]
+        if was == base.quantize:
+            return []
+        return [f"trained on this base kept as {_kept(was)}, here it is {_kept(base.quantize)}"]
     same_rounded = saved["rounded"] == base.rounded
     if same_rounded:
         what = f"the same base in another type ({base.dtype} instead of {saved.get('dtype')})"
@@ -108,3 +126,7 @@ def check_base(
         fix="--model with the base it was trained on"
         + ("; or --accept-base, since only the type differs" if same_rounded else ""),
     )
+
+
+def _kept(quantize: str) -> str:
+    return "its 16- or 32-bit weights" if quantize == "none" else quantize

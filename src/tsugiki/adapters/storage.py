@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from tsugiki import __version__
 from tsugiki.adapters.attach import lora_modules, place, refuse_attached
@@ -39,6 +38,7 @@ from tsugiki.adapters.targets import head_path
 from tsugiki.errors import AdapterError
 from tsugiki.files import atomic_folder, sha256_file
 from tsugiki.models.load import check_safetensors
+from tsugiki.models.projections import projection
 from tsugiki.models.spec import NameMap
 
 PREFIX = "base_model.model."
@@ -103,7 +103,7 @@ def save_adapter(
     r = first.lora_A.shape[0]
     tensors = adapter_tensors(model)
     content = save(tensors, metadata={"format": "pt"})
-    conv1d = [isinstance(m.base, Conv1D) for m in modules.values()]
+    kinds = [projection(m.base) for m in modules.values()]
     alpha = first.scale * r
     ranks = {path: m.lora_A.shape[0] for path, m in modules.items()}
     alphas = {path: m.scale * ranks[path] for path, m in modules.items()}
@@ -122,7 +122,7 @@ def save_adapter(
         },
         "lora_dropout": first.dropout,
         "target_modules": sorted(modules),
-        "fan_in_fan_out": all(conv1d),
+        "fan_in_fan_out": all(kind is not None and kind.kind == "conv1d" for kind in kinds),
         "bias": "none",
         "use_rslora": False,
         "init_lora_weights": True,
@@ -288,7 +288,8 @@ def _pair_up(
             wrong.append(f"{name}: not an A or B of a linear projection")
             continue
         module = modules.get(path)
-        if not isinstance(module, nn.Linear | Conv1D):
+        shape = None if module is None else projection(module)
+        if shape is None:
             wrong.append(f"{name}: the base has no projection {path}")
             continue
         if not tensor.is_floating_point():
@@ -297,10 +298,8 @@ def _pair_up(
         if not bool(torch.isfinite(tensor).all()):
             wrong.append(f"{name}: holds NaN or inf")
             continue
-        rows, columns = module.weight.shape
-        outs, ins = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
         r = config.rank_of(path)
-        right = (r, ins) if half == "lora_A" else (outs, r)
+        right = (r, shape.in_features) if half == "lora_A" else (shape.out_features, r)
         if tuple(tensor.shape) != right:
             wrong.append(f"{name}: shape {tuple(tensor.shape)}, expected {right}")
             continue
@@ -348,7 +347,7 @@ def _all_linear(modules: Mapping[str, nn.Module]) -> list[str]:
     """Every projection but the output head."""
     root = modules.get("")
     head = None if root is None else head_path(root)
-    return [p for p, m in modules.items() if p != head and isinstance(m, nn.Linear | Conv1D)]
+    return [p for p, m in modules.items() if p != head and projection(m) is not None]
 
 
 def _parse_name(name: str) -> tuple[str | None, str | None]:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from tsugiki.errors import AdapterError, did_you_mean
+from tsugiki.models.projections import projection
 
 # The role of a projection by its last name; fused ones play several.
 ROLES: dict[str, str] = {
@@ -55,11 +55,9 @@ def candidates(model: nn.Module) -> list[Target]:
     for path, module in model.named_modules():
         if path == head or not path:
             continue
-        if isinstance(module, nn.Linear):
-            found.append(Target(path, "linear", module.in_features, module.out_features))
-        elif isinstance(module, Conv1D):
-            rows, columns = module.weight.shape
-            found.append(Target(path, "conv1d", rows, columns))
+        shape = projection(module)
+        if shape is not None:
+            found.append(Target(path, shape.kind, shape.in_features, shape.out_features))
     return found
 
 

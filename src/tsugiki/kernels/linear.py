@@ -116,7 +116,7 @@ def grouped_linear(
         return _many_adapters(x, weights, adapters, batch)
     terms = list(adapters[0]) if adapters else [None] * len(weights)
     rates = {term.dropout for term in terms if term is not None}
-    if not torch.is_grad_enabled() or not rates:
+    if not torch.is_grad_enabled():
         flat = x.reshape(-1, x.shape[-1])
         return [
             _add_term(weight.matmul(x), flat, term)
@@ -125,7 +125,8 @@ def grouped_linear(
     if len(rates) > 1:  # one mask serves a group, so unequal rates go apart
         return [grouped_linear(x, [w], [[t]])[0] for w, t in zip(weights, terms, strict=True)]
     pairs = [tensor for t in terms if t is not None for tensor in (t.A, t.B)]
-    out = _Grouped.apply(x, tuple(weights), tuple(terms), rates.pop(), *pairs)  # type: ignore[no-untyped-call]
+    rate = rates.pop() if rates else 0.0
+    out = _Grouped.apply(x, tuple(weights), tuple(terms), rate, *pairs)  # type: ignore[no-untyped-call]
     return list(out)
 
 
@@ -280,17 +281,19 @@ class _Grouped(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])
         out, group = project(flat, weights, terms, rate)
-        assert group is not None, "without terms autograd's own product will do"
-        ctx.save_for_backward(flat, group.a, group.s, *pairs)
-        ctx.weights, ctx.terms, ctx.shape = weights, terms, x.shape
-        ctx.layout = (group.columns, rate, group.seed)
+        ctx.weights, ctx.terms, ctx.shape, ctx.layout = weights, terms, x.shape, None
+        if group is not None:
+            ctx.save_for_backward(flat, group.a, group.s, *pairs)
+            ctx.layout = (group.columns, rate, group.seed)
         return tuple(y.view(*x.shape[:-1], -1) for y in out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flat, a, s, *_ = ctx.saved_tensors
-        group = Shrunk(flat, a, s, *ctx.layout)
         flat_grads = [g.reshape(-1, g.shape[-1]) for g in grads]
+        group = None
+        if ctx.layout is not None:
+            flat, a, s, *_ = ctx.saved_tensors
+            group = Shrunk(flat, a, s, *ctx.layout)
         grad_s, grads_b = grad_shrunk(group, ctx.terms, flat_grads)
         pair_grads = grads_of_pairs(group, ctx.terms, grad_s, grads_b)
         grad_x = None

@@ -79,6 +79,7 @@ class _Chunked(torch.autograd.Function):
             total += _softmax(logits, targets[part], head, factor, needs)
             if grad is not None:
                 grad[part] = head.weight.matmul_t(logits)
+            del logits  # or two chunks would be held while the next one is computed
         if grad is not None:
             ctx.save_for_backward(grad)
         return total * factor

@@ -9,9 +9,9 @@ from __future__ import annotations
 from torch import Tensor
 
 WORSE = 1.2  # times the original's own error
-# Relative. Models compute norms in fp32 even where they are held in fp64, and then their own
-# error reads as zero.
-UNSEEN = 2.5e-7
+# Relative, four units in fp32's last place. Models compute norms in fp32 even where they are held
+# in fp64, and then their own error reads as zero; below this, which of two is nearer is luck.
+UNSEEN = 5e-7
 
 
 def compare(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> str:

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
@@ -30,6 +31,9 @@ from tsugiki.models.fingerprint import Fingerprint, fingerprint_folder, weight_f
 from tsugiki.models.flat import flat_forward, solo_forward, use_flat_attention, use_own_attention
 from tsugiki.models.hub import ResolvedModel, resolve_model
 from tsugiki.models.isolation import probe_isolation
+from tsugiki.models.quantized import quantize_modules
+from tsugiki.models.quantized_load import load_quantized
+from tsugiki.models.quantized_store import Origin, is_quantized_folder, load_stored, read_origin
 from tsugiki.models.spec import ModelSpec, NameMap, load_config
 from tsugiki.models.tune import Tuned, tune
 
@@ -47,6 +51,8 @@ class Base:
 
     flat: documents may lie end to end; else each runs alone with the model's own attention.
     tuned: which modules were replaced by proven faster ones (`make_fast`).
+    quantize: how its projections are kept: none (as they are), nf4 or int8.
+    origin: the 16-bit base, where quantised weights were read from a folder of their own.
     """
 
     model: nn.Module
@@ -58,6 +64,8 @@ class Base:
     flat: bool
     notes: list[str] = field(default_factory=list)
     tuned: Tuned | None = None
+    quantize: str = "none"
+    origin: Origin | None = None
 
     @property
     def device(self) -> torch.device:
@@ -65,11 +73,15 @@ class Base:
         return next(self.model.parameters()).device
 
     def fingerprint(self) -> Fingerprint:
-        """Identity of the stored tensors."""
+        """Identity of the stored tensors, of the 16-bit base where they are quantised."""
+        if self.origin is not None:
+            return self.origin.fingerprint
         return fingerprint_folder(self.folder, self.spec.meta_model())
 
     def names(self) -> NameMap:
         """How its parameters are named in its files; only headers are read."""
+        if self.origin is not None:
+            return NameMap(self.spec.meta_model(), self.origin.stored)
         stored = [name for file in weight_files(self.folder) for name in check_safetensors(file)]
         return NameMap(self.spec.meta_model(), stored)
 
@@ -124,6 +136,7 @@ def load_base(
     device: str = "cpu",
     trust_remote_code: bool = False,
     random_init: bool = False,
+    quantize: str = "none",
 ) -> Base:
     """Load, freeze, and find out whether documents may lie end to end.
 
@@ -131,6 +144,7 @@ def load_base(
         resolved: from `resolve_model`.
         dtype: type the weights are held and computed in.
         random_init: the same shapes with fresh weights from torch's generator (a control).
+        quantize: nf4 or int8: projections in few bits, quantised while they are read.
 
     Raises:
         ModelError: anything that keeps the folder from being this model; files and tensors named.
@@ -138,11 +152,22 @@ def load_base(
     folder = resolved.folder
     config = load_config(folder, trust_remote_code=trust_remote_code)
     spec = ModelSpec.from_config(config)
+    refuse_quantized(config, folder)
+    origin = origin_of(folder, quantize)
     tokenizer = load_tokenizer(resolved, trust_remote_code=trust_remote_code)
     if random_init:
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         ).to(device)
+        if quantize != "none":
+            quantize_modules(model, quantize)
+    elif origin is not None:
+        model = load_stored(folder, config, dtype=dtype, device=device)
+    elif quantize != "none":
+        model = load_quantized(
+            folder, config, quantize,
+            dtype=dtype, device=device, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     else:
         check_weights(folder)
         model = _load(folder, dtype, device, trust_remote_code)
@@ -156,9 +181,48 @@ def load_base(
     else:
         use_own_attention(model)
         notes.append(f"one document at a time for this base: {isolation.reason}")
-    return Base(
-        model, tokenizer, spec, folder, resolved.name, resolved.commit, isolation.holds, notes
+    base = Base(
+        model, tokenizer, spec, folder, resolved.name, resolved.commit, isolation.holds, notes,
+        quantize=quantize, origin=origin,
+    )  # fmt: skip
+    if origin is not None:  # it is the 16-bit base that an adapter belongs to
+        base.name, base.commit, base.quantize = origin.name, origin.commit, origin.method
+    return base
+
+
+def origin_of(folder: Path, quantize: str | None) -> Origin | None:
+    """Who the base of a quantised folder is; None for any other folder.
+
+    Raises:
+        ModelError: it is quantised otherwise than asked for.
+    """
+    if not is_quantized_folder(folder):
+        return None
+    origin = read_origin(folder)
+    if quantize not in (None, "none", origin.method):
+        raise ModelError(
+            f"{folder} is quantised already",
+            got=f"{origin.method}, asked for {quantize}",
+            fix=f"leave --quantize out, or --model {origin.name}",
+        )
+    return origin
+
+
+def refuse_quantized(config: PretrainedConfig, folder: Path) -> None:
+    """Raises ModelError: somebody else's few-bit weights, which are neither trained on nor merged
+    into here."""
+    text = config.get_text_config()
+    found = getattr(config, "quantization_config", None) or getattr(
+        text, "quantization_config", None
     )
+    if found:
+        how = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+        raise ModelError(
+            f"{folder} is quantised already",
+            got=f"quantization_config of {getattr(how, 'value', how) or 'an unknown method'}",
+            allowed="the 16- or 32-bit weights of the model",
+            fix="--model with the unquantised model; --quantize nf4 makes it small while it loads",
+        )
 
 
 def _load(folder: Path, dtype: torch.dtype, device: str, trust_remote_code: bool) -> nn.Module:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from tsugiki.errors import ModelError
 
 HEADER_LIMIT = 100 << 20  # bytes, the format's own cap
 INDEX = "model.safetensors.index.json"
+QUANTIZED_RECORD = "tsugiki_base.json"  # beside weights in few bits (models/quantized_store.py)
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -137,12 +138,18 @@ def shard_files(folder: Path) -> list[Path]:
 
 @dataclass
 class StoredModel:
-    """A model folder: config.json as it is, and every tensor by its disk name."""
+    """A model folder: config.json as it is, and every tensor by its disk name.
+
+    through: what is done to a tensor's numbers when they are read (models/kept.py); shape and type
+    stay. kept: how the projections are then seen: none (as they are), nf4 or int8.
+    """
 
     folder: Path
     config: dict[str, Any]
     shards: tuple[Shard, ...]
     tensors: dict[str, Stored]
+    through: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict, repr=False)
+    kept: str = "none"
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
 
     @property
@@ -163,12 +170,22 @@ class StoredModel:
         return self.config.get(name)
 
     def bytes_of(self, stored: Stored) -> memoryview:
-        """The stored bytes, read from the mapped file."""
+        """A tensor's bytes, read from the mapped file."""
+        if stored.name in self.through:
+            return as_bytes(self.tensor(stored.name))
         return memoryview(self._map(stored.file))[stored.begin : stored.end]
 
     def tensor(self, name: str) -> Tensor:
-        """A view on the mapped file; never write to it."""
-        return view(self._map(self.tensors[name].file), self.tensors[name])
+        """A view on the mapped file where nothing is done to it; never write to it."""
+        found = view(self._map(self.tensors[name].file), self.tensors[name])
+        return self.through[name](found) if name in self.through else found
+
+    def release(self, name: str) -> None:
+        """Let go of the memory that reading a tensor brought in; its views stay right."""
+        stored = self.tensors[name]
+        begin = -(-stored.begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED") and stored.end - begin >= mmap.PAGESIZE:
+            self._map(stored.file).madvise(mmap.MADV_DONTNEED, begin, stored.end - begin)
 
     def _map(self, path: Path) -> mmap.mmap:
         if path not in self._maps:
@@ -199,6 +216,11 @@ def open_model(folder: Path) -> StoredModel:
             that lies, a tensor in two files.
     """
     path = folder / "config.json"
+    if (folder / QUANTIZED_RECORD).is_file():
+        raise ModelError(
+            f"{folder} holds a quantised base, not its 16-bit weights",
+            fix="--model with the base that it was made of",
+        )
     if not path.is_file():
         raise ModelError(
             f"{folder} is not a model folder: it has no config.json",

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.pytorch_utils import Conv1D
 
 from tsugiki.errors import ModelError
+from tsugiki.models.projections import projection
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,9 @@ def linear_modules(model: nn.Module) -> list[LinearModule]:
     """nn.Linear and Conv1D modules with (in, out) as they multiply."""
     found = []
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            found.append(LinearModule(path, "linear", module.in_features, module.out_features))
-        elif isinstance(module, Conv1D):
-            rows, columns = module.weight.shape
-            found.append(LinearModule(path, "conv1d", rows, columns))
+        shape = projection(module)
+        if shape is not None:
+            found.append(LinearModule(path, shape.kind, shape.in_features, shape.out_features))
     return found
 
 

@@ -23,6 +23,7 @@ from tsugiki.kernels.loss import Head
 from tsugiki.models.closeness import compare
 from tsugiki.models.flat import NAME, flat_forward
 from tsugiki.models.head import output_of, prove_head
+from tsugiki.models.quantized import dense_copy
 from tsugiki.models.tuned import (
     AttentionShape,
     Replacement,
@@ -261,7 +262,7 @@ def _try_kind(
 
 def prove(module: nn.Module, build: Build, hidden: Tensor, kwargs: dict[str, Any]) -> str:
     """Why the replacement of `module` is not as good on this input; '' where it is."""
-    own = copy.deepcopy(module).eval()
+    own = _apart(module).eval()
     generator = torch.Generator().manual_seed(1)
     for child in own.modules():
         if isinstance(getattr(child, "term", None), LoraTerm):
@@ -270,14 +271,26 @@ def prove(module: nn.Module, build: Build, hidden: Tensor, kwargs: dict[str, Any
             drawn = torch.randn(b.shape, generator=generator) * SPREAD
             b.data.copy_(drawn)
     wide = torch.float64 if hidden.dtype == torch.float32 else torch.float32
-    exact = copy.deepcopy(own).to(wide)
     try:
-        expected = _numbers(exact, hidden, kwargs, wide)
-        plain = _numbers(own, hidden, kwargs, hidden.dtype)
+        # weights in few bits are judged against plain products of their unpacked numbers
+        expected = _numbers(dense_copy(own).to(wide), hidden, kwargs, wide)
+        plain = _numbers(dense_copy(own), hidden, kwargs, hidden.dtype)
         ours = _numbers(build(own), hidden, kwargs, hidden.dtype)
     except Exception as error:  # whatever a foreign module raises means: keep it
         return f"cannot be tried: {str(error).strip().splitlines()[0][:120]}"
     return compare(ours, plain, expected)
+
+
+def _apart(module: nn.Module) -> nn.Module:
+    """A copy of the module alone: not of the whole model's parameters, which an adapted projection
+    holds by reference to thaw them again."""
+    memo = {
+        id(value): ()
+        for child in module.modules()
+        for value in vars(child).values()
+        if isinstance(value, tuple) and value and all(isinstance(p, nn.Parameter) for p in value)
+    }
+    return copy.deepcopy(module, memo)
 
 
 def _numbers(

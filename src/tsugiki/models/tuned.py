@@ -18,9 +18,11 @@ from transformers.pytorch_utils import Conv1D
 
 from tsugiki.kernels.attention import packed_attention
 from tsugiki.kernels.batch import ForwardBatch
-from tsugiki.kernels.linear import DenseWeight, LoraTerm, grouped_linear
+from tsugiki.kernels.linear import LoraTerm, grouped_linear
 from tsugiki.kernels.mlp import Feed, Part, feed_forward
 from tsugiki.kernels.norms import rms_norm, rotary
+from tsugiki.models.projections import frozen_weight
+from tsugiki.models.quantized import QuantizedLinear
 
 ATTENTION_NAMES = (
     (("q_proj", "k_proj", "v_proj"), "o_proj"),
@@ -51,13 +53,12 @@ def part_of(module: nn.Module) -> Part | None:
     """Frozen weight and term of a projection, adapted or plain; None where it is neither."""
     term = getattr(module, "term", None)
     base = module.base if isinstance(term, LoraTerm) else module
-    if type(base) not in (nn.Linear, Conv1D):
+    if type(base) not in (nn.Linear, Conv1D, QuantizedLinear):
         return None
-    assert isinstance(base, nn.Linear | Conv1D)
-    if base.weight.requires_grad:
+    assert isinstance(base, nn.Module)
+    if any(p.requires_grad for p in base.parameters()):
         return None
-    weight = DenseWeight(base.weight, base.bias, transposed=isinstance(base, Conv1D))
-    return weight, term if isinstance(term, LoraTerm) else None
+    return frozen_weight(base), term if isinstance(term, LoraTerm) else None
 
 
 class Replacement(nn.Module):

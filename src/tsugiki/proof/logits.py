@@ -146,7 +146,8 @@ def logits_of(
     plain = None
     need = sum(4 * t.nbytes // t.dtype.itemsize for t in artefact.stored.tensors.values())
     if memory is None or need * LOADING <= memory:
-        base = load_base(artefact.resolved, dtype=torch.float32)
+        kept = artefact.stored.kept
+        base = load_base(artefact.resolved, dtype=torch.float32, quantize=kept)
         if artefact.changes is not None:
             plain = run(base, probe)
         artefact.attach(base.model)

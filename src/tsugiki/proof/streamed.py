@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM
 
 from tsugiki.adapters.lora import LoraLinear
 from tsugiki.models.flat import use_flat_attention, use_own_attention
+from tsugiki.models.hollow import hollow_model
 from tsugiki.models.hub import ResolvedModel
 from tsugiki.models.isolation import probe_isolation
 from tsugiki.models.load import Base, load_tokenizer
@@ -34,13 +33,7 @@ def streamed_base(resolved: ResolvedModel) -> Base:
         ModelError: a config or tokenizer that cannot be read.
     """
     spec = ModelSpec.from_folder(resolved.folder)
-    # Parameters without memory, buffers with their values: torch's own door for the purpose.
-    # (Its stub forgets that a hook may hand back another parameter.)
-    hook = register_module_parameter_registration_hook(_without_memory)  # type: ignore[arg-type]
-    try:
-        model = AutoModelForCausalLM.from_config(spec.config, dtype=torch.float32)
-    finally:
-        hook.remove()
+    model = hollow_model(spec.config, torch.float32)
     model.eval()
     model.requires_grad_(False)
     isolation = probe_isolation(spec.config)
@@ -82,12 +75,6 @@ def stream(base: Base, stored: StoredModel) -> tuple[list[RemovableHandle], int]
             hooks.append(module.register_forward_pre_hook(_fetch(owner, wanted, stored)))
             hooks.append(module.register_forward_hook(_drop(owner, wanted)))
     return hooks, largest
-
-
-def _without_memory(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-    if parameter.is_meta:
-        return None
-    return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
 
 
 def _fetch(owner: nn.Module, wanted: dict[str, str], stored: StoredModel) -> Callable[..., None]:

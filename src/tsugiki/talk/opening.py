@@ -13,6 +13,7 @@ from typing import Any
 from rich.text import Text
 
 from tsugiki.adapters.pool import AdapterPool
+from tsugiki.adapters.record import recorded_quantization
 from tsugiki.adapters.storage import AdapterInfo, BaseIdentity
 from tsugiki.data.chat import ChatFormat
 from tsugiki.device import decide
@@ -27,6 +28,8 @@ from tsugiki.models.load import (
     load_tokenizer,
     resolve_model,
 )
+from tsugiki.models.quantized import check_method
+from tsugiki.models.shards import QUANTIZED_RECORD as RECORD
 from tsugiki.models.spec import ModelSpec
 from tsugiki.terminal import Terminal
 
@@ -45,6 +48,7 @@ class Who:
         base_only: no adapter at all.
         template: a named fallback instead of the recorded chat format.
         accept_base: take an adapter of another base of the same shapes, loudly.
+        quantize: none, nf4 or int8; as the first adapter was trained when None.
     """
 
     model: str | None = None
@@ -56,6 +60,7 @@ class Who:
     trust_remote_code: bool = False
     device: str = "auto"
     dtype: str = "auto"
+    quantize: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ def open_voices(who: Who, terminal: Terminal, root: Path = Path(".")) -> Opened:
     """
     folders = _folders(who, terminal, root)
     resolved = _resolve(who, folders, terminal)
+    quantize = check_method(who.quantize or _recorded_quantization(folders)[0])
     spec = ModelSpec.from_folder(resolved.folder)
     decisions = decide(who.device, who.dtype, hidden_size=spec.hidden_size)
     base = load_base(
@@ -102,13 +108,16 @@ def open_voices(who: Who, terminal: Terminal, root: Path = Path(".")) -> Opened:
         dtype=decisions.torch_dtype,
         device=decisions.device,
         trust_remote_code=who.trust_remote_code,
+        quantize=quantize,
     )
     for note in base.notes:
         terminal.warn(note)
     identity = None
     if folders:
         prints = base.fingerprint()
-        identity = BaseIdentity(base.name, prints.exact, prints.rounded, base.commit)
+        identity = BaseIdentity(
+            base.name, prints.exact, prints.rounded, base.commit, quantize=base.quantize
+        )
     pool = AdapterPool(base.model, identity)
     voices = {BASE: Voice(BASE, -1, ChatFormat.of(base.tokenizer, who.template))}
     for name, folder in folders.items():
@@ -119,10 +128,14 @@ def open_voices(who: Who, terminal: Terminal, root: Path = Path(".")) -> Opened:
     default = voices[next(iter(folders), BASE)]
     # the base is asked as the adapter was trained, so that answers can be compared
     voices[BASE] = Voice(BASE, -1, default.chat)
-    where = f"{folders[default.name]} on {base.name}" if folders else base.name
+    kept = "" if base.quantize == "none" else f" ({base.quantize})"
+    where = f"{folders[default.name]} on {base.name}{kept}" if folders else base.name + kept
     if terminal.as_json:
         named = {name: str(folder) for name, folder in folders.items()}
-        terminal.say("opened", "", base=base.name, adapters=named, speaks=default.name)
+        terminal.say(
+            "opened", "", base=base.name, adapters=named, speaks=default.name,
+            quantize=base.quantize,
+        )  # fmt: skip
     else:  # stderr, so that a pipe gets the answer alone
         terminal.errors.print(Text(f"{default.name}: {where}", style="dim"))
     return Opened(base, Engine(base, pool if folders else None), voices, default)
@@ -178,6 +191,14 @@ def _name_of(folder: Path) -> str:
     return folder.parent.name if folder.name == "adapter" else folder.name
 
 
+def _recorded_quantization(folders: dict[str, Path]) -> tuple[str, Path | None]:
+    """How the first adapter's base was kept in training, and where that is stored."""
+    try:
+        return recorded_quantization(read_json(next(iter(folders.values())) / "tsugiki.json"))
+    except (StopIteration, TsugikiError, ValueError, OSError):
+        return "none", None  # reading the adapter itself will say what is wrong with it
+
+
 def _recorded_base(folder: Path) -> tuple[str | None, str | None]:
     """Name and commit of the base that an adapter's own files name."""
     for file, find in (("tsugiki.json", _ours), (CONFIG, _peft)):
@@ -209,6 +230,9 @@ def _resolve(who: Who, folders: dict[str, Path], terminal: Terminal) -> Resolved
     if not folders:
         return resolve_model(None)
     folder = next(iter(folders.values()))
+    kept, quantized = _recorded_quantization(folders)
+    if quantized is not None and who.quantize in (None, kept) and (quantized / RECORD).is_file():
+        return resolve_model(str(quantized))
     name, commit = _recorded_base(folder)
     if name is None:
         raise AdapterError(f"{folder} does not say which base it belongs to", fix="--model FOLDER")

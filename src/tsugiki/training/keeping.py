@@ -23,14 +23,20 @@ from tsugiki.training.report import write_report
 from tsugiki.training.state import Progress
 
 # What may differ on resume: it shapes what is shown and saved, not what is computed.
-FREE_ON_RESUME = {"save_every", "log_every", "sample_prompt", "show_grad_norms"}
+FREE_ON_RESUME = {
+    "save_every", "log_every", "sample_prompt", "show_grad_norms",
+    "gradient_checkpointing", "max_memory",
+}  # fmt: skip
 
 
 def base_identity(base: Base) -> BaseIdentity:
     """Who this base is, for adapters trained on it."""
     found = base.fingerprint()
     kind = stored_dtype(base.spec.config)
-    return BaseIdentity(base.name, found.exact, found.rounded, base.commit, kind)
+    folder = None if base.origin is None else str(base.folder.absolute())
+    return BaseIdentity(
+        base.name, found.exact, found.rounded, base.commit, kind, base.quantize, folder
+    )
 
 
 def run_identity(
@@ -43,6 +49,7 @@ def run_identity(
         "base": identity.exact,
         "steps": total_steps,
         **({"ranks": world} if world > 1 else {}),
+        **({"quantize": config.model.quantize} if config.model.quantize != "none" else {}),
     }
     for section in ("lora", "train"):
         for key, value in plain[section].items():

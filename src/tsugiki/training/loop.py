@@ -26,6 +26,7 @@ from tsugiki.data.loader import Loader
 from tsugiki.device import Decisions
 from tsugiki.errors import Interrupted, RunError
 from tsugiki.files import RunLock, atomic_write, sweep_temporary, write_json
+from tsugiki.models.checkpointing import checkpoint_layers
 from tsugiki.models.load import Base
 from tsugiki.training import metrics
 from tsugiki.training.checkpoint import newest_whole, refuse_changes, save_checkpoint
@@ -99,8 +100,12 @@ def train(
             yield Noted(base.make_fast())
         else:
             model.requires_grad_(True)
+        if settings.gradient_checkpointing == "always":
+            checkpoint_layers(model)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        optimizer = make_optimizer(trained, settings.weight_decay or 0.0, device)
+        optimizer = make_optimizer(
+            trained, settings.weight_decay or 0.0, device, settings.optimizer
+        )
         assert settings.batch_size is not None
         assert settings.gradient_accumulation_steps is not None
         loader = Loader(

@@ -13,10 +13,9 @@ from torch import Tensor
 from tsugiki.adapters.attach import training_mode
 from tsugiki.data.chat import IGNORED, Example
 from tsugiki.kernels.batch import ForwardBatch
+from tsugiki.memory import EVAL_TOKENS
 from tsugiki.models.flat import flat_loss, logits_loss
 from tsugiki.models.load import Base
-
-EVAL_TOKENS = 4096  # tokens of one forward pass of an evaluation
 
 
 def flatten(

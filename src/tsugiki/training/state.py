@@ -74,17 +74,20 @@ def unpack(
     ranks: Ranks,
 ) -> Progress:
     """The inverse of `pack`, onto fresh objects of the same run."""
+    moments: dict[str, dict[str, Any]] = {}
+    for stored, value in tensors.items():
+        kind, _, rest = stored.partition(".")
+        if kind == "optim":
+            key, _, name = rest.partition(".")
+            # torch counts steps in a float tensor, bitsandbytes in an int
+            counted = value.dim() == 0 and not value.is_floating_point()
+            place = trained[name].device
+            moments.setdefault(name, {})[key] = int(value) if counted else value.clone().to(place)
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(tensors[f"weights.{name}"])
-            moments = {}
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors.get(f"optim.{key}.{name}")
-                if value is not None:
-                    place = "cpu" if key == "step" and device == "cpu" else parameter.device
-                    moments[key] = value.clone().to(place)
-            if moments:
-                optimizer.state[parameter] = moments
+            if name in moments:
+                optimizer.state[parameter] = moments[name]
     torch.set_rng_state(tensors[f"rng.cpu.{ranks.rank}"])
     if device.startswith("cuda"):
         torch.cuda.set_rng_state(tensors[f"rng.cuda.{ranks.rank}"], device)

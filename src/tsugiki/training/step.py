@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tsugiki.data.chat import IGNORED, Example
-from tsugiki.errors import NonFiniteError
+from tsugiki.errors import NonFiniteError, UsageError
 from tsugiki.training.ranks import Ranks
 from tsugiki.training.scaling import LossScale
 
@@ -39,11 +39,29 @@ class Stepped:
 
 
 def make_optimizer(
-    trained: dict[str, nn.Parameter], decay: float, device: torch.device
-) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with torch's fused update where it has one."""
-    fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(decay_groups(trained, decay), lr=0.0, fused=fused)
+    trained: dict[str, nn.Parameter], decay: float, device: torch.device, kind: str = "adamw"
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) with torch's fused update where it has one.
+
+    kind: adamw; or adamw_8bit, paged_adamw_8bit (Dettmers et al. 2022, arXiv:2110.02861), which are
+        bitsandbytes' and not yet measured on a GPU.
+
+    Raises:
+        UsageError: bitsandbytes is not installed.
+    """
+    groups = decay_groups(trained, decay)
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, fused=device.type in ("cpu", "cuda"))
+    try:
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+    except ImportError:
+        raise UsageError(
+            f"--optimizer {kind} needs bitsandbytes, which is not installed",
+            fix="pip install bitsandbytes, or --optimizer adamw",
+        ) from None
+    made = (PagedAdamW8bit if kind.startswith("paged") else AdamW8bit)(groups, lr=0.0)
+    assert isinstance(made, torch.optim.Optimizer)
+    return made
 
 
 def optimiser_step(

@@ -1,0 +1,103 @@
+"""Quantises a base while it is read: the 16-bit model never stands in memory whole.
+
+Tensor by tensor from the mapped files: a projection's weight becomes codes, everything else is
+copied in the compute type, and what was read is let go of. Knows no adapters.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from tsugiki.errors import ModelError
+from tsugiki.kernels.quantized import Workspace
+from tsugiki.models.hollow import fill, hollow_model
+from tsugiki.models.quantized import put, quantizable, quantized
+from tsugiki.models.shards import StoredModel, open_model
+from tsugiki.models.spec import NameMap
+
+
+def load_quantized(
+    folder: Path,
+    config: PretrainedConfig,
+    method: str,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model of a folder with its projections in few bits.
+
+    Args:
+        method: nf4 or int8.
+        dtype: of everything else, and of the numbers that the codes stand for.
+
+    Raises:
+        ModelError: a tensor missing or of another shape, one that holds NaN or inf, an
+            architecture whose files do not hold its parameters one by one.
+    """
+    stored = open_model(folder)
+    model = hollow_model(config, dtype, trust_remote_code=trust_remote_code)
+    projections = quantizable(model)
+    if not projections:
+        raise ModelError(f"{folder} has no projection that can be quantised")
+    names = NameMap(model, stored.tensors)
+    wanted = where_stored(model, names, stored)
+    buffers = dict(model.named_buffers())
+    workspace = Workspace()
+    with torch.no_grad():
+        for name in stored.tensors:  # in the order of the files
+            read = stored.tensor(name)
+            if name in buffers and buffers[name].shape == read.shape:
+                buffers[name].copy_(read)
+            path = wanted.get(name)
+            if path is None:
+                continue  # a buffer that was computed, or a second copy of a tied tensor
+            owner, _, last = path.rpartition(".")
+            module = projections.get(owner)
+            if module is not None and last == "weight":
+                try:
+                    small = quantized(method, module, read.to(device), workspace, dtype)
+                except ModelError as error:
+                    raise ModelError(f"{name}: {error.problem}") from None
+                small._parameters["bias"] = module._parameters.get("bias")  # hollow, or come before
+                put(model, owner, small)
+            else:
+                fill(model, path, read.to(device, dtype, copy=True))
+            del read
+            stored.release(name)
+    return model.to(device)
+
+
+def where_stored(model: nn.Module, names: NameMap, stored: StoredModel) -> dict[str, str]:
+    """Stored name → parameter, for every parameter of the model, a tied pair once.
+
+    Raises:
+        ModelError: all that are missing or of another shape, at once.
+    """
+    found: dict[str, str] = {}
+    missing, other = [], []
+    for path, parameter in model.named_parameters():
+        try:
+            name = names.to_disk(path)
+        except ModelError:
+            missing.append(path)
+            continue
+        found[name] = path
+        if stored.tensors[name].shape != tuple(parameter.shape):
+            other.append(f"{path} {stored.tensors[name].shape} instead of {tuple(parameter.shape)}")
+    if missing or other:
+        parts = (("missing", missing), ("other shape", other))
+        raise ModelError(
+            f"{stored.folder} cannot be quantised while it is read",
+            got="; ".join(
+                f"{what}: {', '.join(some[:6])}{' …' if len(some) > 6 else ''}"
+                for what, some in parts
+                if some
+            ),
+            fix="leave --quantize out if this model is whole: its files hold it in another form",
+        )
+    return found

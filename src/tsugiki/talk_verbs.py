@@ -1,0 +1,117 @@
+"""The verbs `tsugiki generate` and `tsugiki chat`: their flags. Knows nothing of the answers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tsugiki.terminal import Terminal
+
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", help="PATH or NAME=PATH, repeatable; default: the newest run's"),
+]
+Model = Annotated[str | None, typer.Option(help="base; default: the adapter's own, or sprout")]
+BaseOnly = Annotated[bool, typer.Option("--base-only", help="no adapter at all")]
+Accept = Annotated[bool, typer.Option("--accept-base", help="load on another base of these shapes")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="allow the model's own code")]
+Template = Annotated[str | None, typer.Option(help="chatml, alpaca, instruction-ja or plain")]
+System = Annotated[str | None, typer.Option(help="a system turn that always stays")]
+MaxTokens = Annotated[int, typer.Option(help="most tokens of an answer")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy")]
+TopK = Annotated[int | None, typer.Option(help="keep the k likeliest tokens")]
+TopP = Annotated[float | None, typer.Option(help="keep the likeliest tokens up to this share")]
+MinP = Annotated[float | None, typer.Option(help="keep tokens above this share of the best")]
+Penalty = Annotated[float, typer.Option(help="above 1: repeats are less likely")]
+Seed = Annotated[int | None, typer.Option(help="seed of the sampling")]
+Kept = Annotated[
+    str | None, typer.Option("--quantize", help="none, nf4 or int8; default: as it was trained")
+]
+Compare = Annotated[bool, typer.Option("--compare", help="base and tuned side by side")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object a line, for machines")]
+
+
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="prompts; default: stdin")] = None,
+    adapter: Adapters = None,
+    model: Model = None,
+    base_only: BaseOnly = False,
+    compare: Compare = False,
+    raw: Annotated[bool, typer.Option("--raw", help="continue the text, no chat format")] = False,
+    stop: Annotated[list[str] | None, typer.Option(help="text that ends an answer")] = None,
+    system: System = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    template: Template = None,
+    accept_base: Accept = False,
+    quantize: Kept = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Answer prompts with the newest adapter, others, or the base."""
+    from tsugiki.engine.sampling import Sampling
+    from tsugiki.talk import Who, generate_command
+
+    generate_command(
+        Terminal(as_json=as_json),
+        Who(
+            model=model,
+            adapters=tuple(adapter or ()),
+            base_only=base_only,
+            template=template,
+            accept_base=accept_base,
+            quantize=quantize,
+            trust_remote_code=trust_remote_code,
+        ),
+        prompts or (),
+        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens),
+        stop=tuple(stop or ()),
+        system=system,
+        raw=raw,
+        compare=compare,
+    )
+
+
+def chat(
+    adapter: Adapters = None,
+    model: Model = None,
+    base_only: BaseOnly = False,
+    compare: Compare = False,
+    system: System = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    template: Template = None,
+    accept_base: Accept = False,
+    quantize: Kept = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Talk to the newest adapter; /help inside lists what can be typed."""
+    from tsugiki.engine.sampling import Sampling
+    from tsugiki.talk import Who, chat_command
+
+    chat_command(
+        Terminal(),
+        Who(
+            model=model,
+            adapters=tuple(adapter or ()),
+            base_only=base_only,
+            template=template,
+            accept_base=accept_base,
+            quantize=quantize,
+            trust_remote_code=trust_remote_code,
+        ),
+        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens),
+        system=system,
+        compare=compare,
+    )

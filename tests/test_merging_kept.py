@@ -1,0 +1,147 @@
+"""Merging an adapter of a base in few bits: both bases measured, the better one written and proven."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import save_tiny
+from runs import forked, in_process, make_place
+from safetensors.torch import load_file
+from tokenizers_for_tests import CHATML, tiny_tokenizer
+
+from tsugiki.errors import DataError
+from tsugiki.joining import merge_adapter, verify_pair
+from tsugiki.judging import better_base, held_out_rows, onto, written_type
+from tsugiki.merging import plan_merge, write_merged
+from tsugiki.models.kept import as_kept
+from tsugiki.models.load import load_base, resolve_model
+from tsugiki.models.quantized import QuantizedLinear
+from tsugiki.models.shards import open_model
+from tsugiki.models.spec import NameMap
+from tsugiki.terminal import Terminal
+from tsugiki.training.objective import held_out_loss
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, rows.jsonl, whole/ (trained in full width), four/ (nf4, two projections adapted)."""
+    folder = tmp_path_factory.mktemp("kept")
+    make_place(folder, forked)
+    in_process(
+        folder, "four", model={"quantize": "nf4"}, lora={"targets": "minimal"}, learning_rate=2e-2
+    )
+    return folder
+
+
+def merge(place: Path, output: str, **more: Any) -> tuple[Path, dict[str, Any]]:
+    """The merged folder, and what was said of its base."""
+    said: list[dict[str, Any]] = []
+
+    class Listening(Terminal):
+        def say(self, kind: str, show: Any, **data: Any) -> None:
+            said.append({"kind": kind, **data})
+
+    merge_adapter(place / "four", place / output, Listening(), **more)
+    return place / output, next(one for one in said if one["kind"] == "merge_base")
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "gemma3"])
+def test_what_is_seen_is_what_a_run_computes_with(tmp_path: Path, family: str, method: str) -> None:
+    """To the bit, wherever a family's files keep its projections; the rest is as it is stored."""
+    save_tiny(family, tmp_path, tiny_tokenizer(CHATML))
+    stored = open_model(tmp_path)
+    seen = as_kept(stored, method)
+    base = load_base(resolve_model(str(tmp_path)), quantize=method)
+    names = NameMap(base.spec.meta_model(), stored.tensors)
+    modules = {
+        names.to_disk(f"{path}.weight"): module
+        for path, module in base.model.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
+    assert set(seen.through) == set(modules)
+    for name, tensor in stored.tensors.items():
+        found = seen.tensor(name)
+        assert (found.shape, found.dtype) == (stored.tensor(name).shape, tensor.dtype)
+        expected = modules[name].weight if name in modules else stored.tensor(name)
+        assert torch.equal(found, expected)
+        assert bytes(seen.bytes_of(tensor)) == expected.contiguous().numpy().tobytes()
+        assert (name in modules) == (not torch.equal(found, stored.tensor(name)))
+
+
+def test_the_better_base_is_taken_and_written(place: Path) -> None:
+    """Both figures are those of folders that were written and loaded; the proof knows the base."""
+    plan = plan_merge(place / "four" / "adapter", place / "model", dtype="bf16")
+    resolved = resolve_model(str(place / "model"))
+    judged = better_base(plan, "nf4", resolved, None)
+    examples = held_out_rows(plan, resolved, None)
+    assert not isinstance(examples, str)
+    assert judged.rows == len(examples) == 4
+    assert judged.dtype == written_type(plan) == "bfloat16"
+    for kept, loss in judged.losses.items():
+        write_merged(plan if kept == "none" else onto(plan, kept), place / f"by-{kept}")
+        base = load_base(resolve_model(str(place / f"by-{kept}")), dtype=torch.bfloat16)
+        assert held_out_loss(base, examples) == pytest.approx(loss, rel=1e-6)
+    assert judged.losses["nf4"] != judged.losses["none"]
+    assert judged.plan.base.kept == min(judged.losses, key=lambda kept: judged.losses[kept])
+
+
+def test_merged_numbers_are_those_of_the_codes(place: Path) -> None:
+    """Also where no adapter is; embeddings, norms and head are the stored bytes."""
+    folder, said = merge(place, "merged")
+    record = json.loads((folder / "tsugiki.json").read_text())
+    assert record["base_kept"] == said["taken"]
+    merged = load_file(folder / "model.safetensors")
+    seen = as_kept(open_model(place / "model"), said["taken"]) if said["taken"] != "none" else None
+    stored = load_file(place / "model" / "model.safetensors")
+    adapter = load_file(place / "four" / "adapter" / "adapter_model.safetensors")
+    for name, tensor in merged.items():
+        expected = stored[name] if seen is None else seen.tensor(name)
+        key = f"base_model.model.{name.removesuffix('.weight')}.lora_{{}}.weight"
+        if key.format("A") in adapter:
+            expected = expected + 2.0 * adapter[key.format("B")] @ adapter[key.format("A")]
+            assert torch.allclose(tensor, expected, atol=1e-6)
+        else:
+            assert torch.equal(tensor, expected)
+    assert verify_pair(str(place / "four"), str(folder), Terminal(as_json=True))
+    assert verify_pair(
+        str(place / "four"), str(folder), Terminal(as_json=True), layer_by_layer=True
+    )
+
+
+def test_a_proof_on_the_wrong_base_fails(place: Path) -> None:
+    """A folder that claims the codes' numbers and holds the stored ones is found."""
+    plan = plan_merge(place / "four" / "adapter", place / "model")
+    write_merged(plan, place / "claimed")
+    path = place / "claimed" / "tsugiki.json"
+    assert verify_pair(str(place / "four"), str(place / "claimed"), Terminal(as_json=True))
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "base_kept": "nf4"}))
+    assert not verify_pair(str(place / "four"), str(place / "claimed"), Terminal(as_json=True))
+
+
+def test_rows_that_are_not_there_are_told(place: Path) -> None:
+    rows = place / "rows.jsonl"
+    other = place / "other.jsonl"
+    shutil.copyfile(rows, other)
+    with open(rows, "a") as stream:
+        stream.write(json.dumps({"prompt": "one", "completion": "more"}) + "\n")
+    _, said = merge(place, "changed")
+    assert said["losses"] == {}
+    assert "no longer what training read" in said["reason"]
+    rows.unlink()
+    _, said = merge(place, "gone")
+    assert "cannot be read" in said["reason"]
+    assert said["taken"] == "nf4", "what training saw"
+    _, said = merge(place, "given", eval_data=other)
+    assert set(said["losses"]) == {"none", "nf4"}
+    assert said["rows"] == 40
+    with pytest.raises(DataError, match="there is no file"):
+        merge(place, "wrong", eval_data=place / "nothing.jsonl")
+    assert not (place / "wrong").exists()
+    shutil.copyfile(other, rows)
