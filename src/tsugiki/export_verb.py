@@ -29,6 +29,9 @@ def export(
     accept_base: Annotated[
         bool, typer.Option("--accept-base", help="take another base of these shapes")
     ] = False,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="rows to measure the base on that QLoRA is written onto")
+    ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="leave the proof out")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="one JSON object a line, for machines")
@@ -50,7 +53,9 @@ def export(
         shipping.export_portable(source, output, terminal, **how)
         return
     if gguf:
-        done = shipping.export_gguf(source, gguf, output, terminal, untie=untie, **how)
+        done = shipping.export_gguf(
+            source, gguf, output, terminal, untie=untie, eval_data=eval_data, **how
+        )
     else:
         done = [shipping.export_lora(source, output, terminal, **how)]
     if not no_verify and not shipping.prove(source, done, terminal, **how):

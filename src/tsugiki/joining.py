@@ -80,7 +80,7 @@ def merge_adapter(
     )
     kept, _ = recorded_quantization(plan.changes.record)
     if kept != "none":
-        plan = _better(plan, kept, base, eval_data, terminal)
+        plan = better_merge(plan, kept, base, eval_data, terminal)
     began = time.monotonic()
     merged = write_merged(plan, output)
     seconds = time.monotonic() - began
@@ -96,7 +96,7 @@ def merge_adapter(
     return merged
 
 
-def _better(
+def better_merge(
     plan: MergePlan, kept: str, base: ResolvedModel, rows: Path | None, terminal: Terminal
 ) -> MergePlan:
     """The merge into the better of two bases; what was measured is told."""
