@@ -58,6 +58,33 @@ def tiny_model(family: str, seed: int = 0, vocab: int = 320) -> nn.Module:
     return model
 
 
+def save_wide(
+    family: str, folder: Path, tokenizer: PreTrainedTokenizerFast, **settings: Any
+) -> Path:
+    """Two layers of width 256: rows that hold whole blocks of every K-quant."""
+    config = tiny_config(family, len(tokenizer)).to_dict()
+    config.pop("layer_types", None)
+    if family == "gpt2":
+        config |= {"n_embd": 256, "n_layer": 2}
+    else:
+        config |= {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+        config["num_hidden_layers"] = 2
+    if "query_pre_attn_scalar" in config:
+        config["query_pre_attn_scalar"] = 64
+    config |= settings
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = AutoConfig.for_model(config.pop("model_type"), **config)
+        model = AutoModelForCausalLM.from_config(made).eval()
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                inner = family.startswith("gemma") and "embed" not in name
+                nn.init.normal_(parameter, 0.0, 0.0625 if inner else 0.125)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def save_tiny(
     family: str, folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **kwargs: Any
 ) -> Path:

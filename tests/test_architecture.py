@@ -19,7 +19,7 @@ FLOORS: dict[str, int] = {
     "planning": 3, "engine": 3, "proof": 3,
     "training": 4, "evaluation": 4, "merging": 4, "exporting": 4, "joining": 5, "judging": 5, "quantizing": 5,
     "doctor": 5,
-    "shipping": 5, "export_verb": 5, "talk_verbs": 5,
+    "shipping": 5, "export_verb": 5, "proving": 5, "talk_verbs": 5,
     "cli": 5, "pipelines": 5, "demo": 5, "talk": 5, "flags": 5,
     "watching": 5, "looking": 5, "__main__": 5, "__init__": 5,
 }  # fmt: skip

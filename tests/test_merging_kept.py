@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tsugiki.models.load import load_base, resolve_model
 from tsugiki.models.quantized import QuantizedLinear
 from tsugiki.models.shards import open_model
 from tsugiki.models.spec import NameMap
+from tsugiki.shipping import export_gguf, prove
 from tsugiki.terminal import Terminal
 from tsugiki.training.objective import held_out_loss
 
@@ -147,3 +149,22 @@ def test_rows_that_are_not_there_are_told(place: Path) -> None:
         merge(place, "wrong", eval_data=place / "nothing.jsonl")
     assert not (place / "wrong").exists()
     shutil.copyfile(other, rows)
+
+
+@pytest.mark.parametrize("taken", ["nf4", "none"])
+def test_an_export_takes_the_better_base_too(
+    place: Path, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each candidate in turn made the better one: what is written is what the proof compares."""
+    import tsugiki.judging
+
+    def losses(plans: dict[str, Any], *_: Any) -> dict[str, float]:
+        return {key: float(key != taken) for key in plans}
+
+    monkeypatch.setattr(tsugiki.judging, "merged_losses", losses)
+    source, model = str(place / "four"), str(place / "model")
+    done = export_gguf(source, ["f32", "q8_0"], tmp_path, Terminal(), model=model)
+    assert {one.kept for one in done} == {taken}
+    assert prove(source, done, Terminal(), model=model)
+    other = [replace(one, kept="none" if taken == "nf4" else "nf4") for one in done]
+    assert not prove(source, other, Terminal(), model=model)

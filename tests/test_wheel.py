@@ -83,11 +83,13 @@ def test_it_runs_the_demo_in_another_folder_without_a_compiler(wheel: Path, tmp_
     assert any(re.search(r"[぀-ヿ一-鿿]", turn["tuned"]) for turn in turns)
     samples = {e["step"] for e in events if e["kind"] == "sampled"}
     assert len(samples) == 3, "start, middle and end"
+    assert next(e for e in events if e["kind"] == "proven")["ok"]
     (run,) = (path for path in work.iterdir() if path.is_dir())
     for name in (
         "adapter/adapter_model.safetensors",
         "metrics.jsonl",
         "samples.jsonl",
         "report.html",
+        "merged/model.safetensors",
     ):
         assert (run / name).stat().st_size > 0

@@ -29,11 +29,15 @@ def export(
     accept_base: Annotated[
         bool, typer.Option("--accept-base", help="take another base of these shapes")
     ] = False,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="rows to measure the base on that QLoRA is written onto")
+    ] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="leave the proof out")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="one JSON object a line, for machines")
     ] = False,
 ) -> None:
-    """Write a model or an adapter for llama.cpp, Ollama, vLLM or SGLang."""
+    """Write a model or an adapter for llama.cpp, Ollama, vLLM or SGLang, and prove it."""
     chosen = [bool(gguf), gguf_lora, portable]
     if sum(chosen) != 1:
         raise UsageError(
@@ -45,9 +49,14 @@ def export(
 
     terminal = Terminal(as_json=as_json)
     how: dict[str, Any] = {"model": model, "accept_base": accept_base}
-    if gguf:
-        shipping.export_gguf(source, gguf, output, terminal, untie=untie, **how)
-    elif gguf_lora:
-        shipping.export_lora(source, output, terminal, **how)
-    else:
+    if portable:
         shipping.export_portable(source, output, terminal, **how)
+        return
+    if gguf:
+        done = shipping.export_gguf(
+            source, gguf, output, terminal, untie=untie, eval_data=eval_data, **how
+        )
+    else:
+        done = [shipping.export_lora(source, output, terminal, **how)]
+    if not no_verify and not shipping.prove(source, done, terminal, **how):
+        raise typer.Exit(1)

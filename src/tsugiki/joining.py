@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.text import Text
 
 from tsugiki.adapters.origin import adapter_folder, find_base
 from tsugiki.adapters.record import recorded_quantization
 from tsugiki.errors import DataError
 from tsugiki.files import human_bytes
+from tsugiki.formats.mixes import find_kind
 from tsugiki.merging import NAMES, Merged, MergePlan, plan_merge, type_code, write_merged
 from tsugiki.models.hub import ResolvedModel
 from tsugiki.terminal import Terminal
+
+if TYPE_CHECKING:  # both import transformers, which merging does without
+    from tsugiki.proof.artefact import Artefact
+    from tsugiki.proof.gguf.artefact import GgufArtefact
 
 
 def merge_adapter(
@@ -73,7 +80,7 @@ def merge_adapter(
     )
     kept, _ = recorded_quantization(plan.changes.record)
     if kept != "none":
-        plan = _better(plan, kept, base, eval_data, terminal)
+        plan = better_merge(plan, kept, base, eval_data, terminal)
     began = time.monotonic()
     merged = write_merged(plan, output)
     seconds = time.monotonic() - began
@@ -89,7 +96,7 @@ def merge_adapter(
     return merged
 
 
-def _better(
+def better_merge(
     plan: MergePlan, kept: str, base: ResolvedModel, rows: Path | None, terminal: Terminal
 ) -> MergePlan:
     """The merge into the better of two bases; what was measured is told."""
@@ -132,9 +139,10 @@ def verify_pair(
     """Compare two artefacts and show the table; true when nothing is beyond its limit.
 
     Args:
-        reference, candidate: adapter or run folders, model folders, Hub names.
+        reference, candidate: adapter or run folders, model folders, Hub names, FILE.gguf,
+            FILE.gguf+LORA.gguf.
         model: the base of whichever is an adapter; its own when None.
-        dtype: the type that was asked of the candidate: f32, bf16 or f16.
+        dtype: the type that was asked of the candidate: f32, bf16, f16; of a file also q4_k_m …
         max_error, max_kl: limits of the logits instead of those of the type.
         text: a text file whose first tokens' perplexities are compared.
         layer_by_layer: stream the weights even where a model would fit in memory.
@@ -143,23 +151,27 @@ def verify_pair(
         TsugikiError: one of the two cannot be read; it is named.
     """
     from tsugiki.planning import free_memory
-    from tsugiki.proof.artefact import open_artefact
+    from tsugiki.proof.gguf.artefact import GgufArtefact
+    from tsugiki.proof.gguf.verify import llama_if_there, verify_gguf
     from tsugiki.proof.verify import verify
 
     began = time.monotonic()
     read = None if text is None else read_text(text)
-    first = open_artefact(reference, model, accept_base=accept_base)
-    second = open_artefact(candidate, model, accept_base=accept_base)
-    asked = None if dtype is None else NAMES[type_code(dtype)]
-    report = verify(
-        first,
-        second,
-        dtype=asked,
-        max_error=max_error,
-        max_kl=max_kl,
-        memory=0 if layer_by_layer else free_memory("cpu"),
-        text=read,
-    )
+    first = open_either(reference, model, accept_base)
+    second = open_either(candidate, model, accept_base)
+    how: dict[str, Any] = {
+        "max_error": max_error,
+        "max_kl": max_kl,
+        "memory": 0 if layer_by_layer else free_memory("cpu"),
+        "text": read,
+    }
+    if not isinstance(first, GgufArtefact) and not isinstance(second, GgufArtefact):
+        asked = None if dtype is None else NAMES[type_code(dtype)]
+        report = verify(first, second, dtype=asked, **how)
+    else:
+        kind = None if dtype is None else find_kind(dtype).name
+        with llama_if_there(torch.get_num_threads()) as llama:
+            report = verify_gguf(first, second, llama, dtype=kind, **how)
     for note in report.notes:
         terminal.say("note", Text(f"note: {note}", style="yellow"), text=note)
     terminal.heading(f"{report.candidate} against {report.reference}")
@@ -176,6 +188,21 @@ def verify_pair(
         seconds=seconds,
     )
     return report.ok
+
+
+def open_either(given: str, model: str | None, accept_base: bool) -> Artefact | GgufArtefact:
+    """A folder, an adapter, a Hub name, FILE.gguf or FILE.gguf+LORA.gguf.
+
+    Raises:
+        TsugikiError: not there, not whole, another base; named.
+    """
+    from tsugiki.proof.artefact import open_artefact
+    from tsugiki.proof.gguf.artefact import gguf_paths, open_gguf_artefact
+
+    files = gguf_paths(given)
+    if files is not None:
+        return open_gguf_artefact(given, *files)
+    return open_artefact(given, model, accept_base=accept_base)
 
 
 def read_text(path: Path) -> str:

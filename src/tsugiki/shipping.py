@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from rich.text import Text
 from tsugiki.adapters.joined import Joined, join
 from tsugiki.adapters.origin import CONFIG, adapter_folder, find_base
 from tsugiki.adapters.portable import make_portable, write_portable
+from tsugiki.adapters.record import recorded_quantization
 from tsugiki.errors import RunError, UsageError
 from tsugiki.exporting.gguf import ExportPlan, plan_export, write_gguf
 from tsugiki.exporting.gguf_lora import plan_lora, write_lora
@@ -27,7 +28,8 @@ from tsugiki.exporting.vocabulary import chat_of
 from tsugiki.files import atomic_write, human_bytes, require_space
 from tsugiki.formats.gguf_encode import DIRECT
 from tsugiki.formats.mixes import find_kind
-from tsugiki.models.hub import resolve_model
+from tsugiki.merging import MergePlan, type_code
+from tsugiki.models.hub import ResolvedModel, resolve_model
 from tsugiki.terminal import Terminal
 
 
@@ -39,6 +41,7 @@ class Shipped:
     dtype: str
     types: dict[str, int]
     nbytes: int
+    kept: str = "none"  # how the base's numbers were taken: as stored, or those of nf4 or int8
 
 
 def export_gguf(
@@ -50,6 +53,7 @@ def export_gguf(
     model: str | None = None,
     untie: bool = False,
     accept_base: bool = False,
+    eval_data: Path | None = None,
 ) -> list[Shipped]:
     """Write a model, an adapter on its base, or another GGUF file in the types asked for.
 
@@ -58,6 +62,7 @@ def export_gguf(
         asked: names of types, also several in one word with commas.
         output: a folder for the files, or the first one's name where it ends in .gguf.
         model: the adapter's base; its own when None.
+        eval_data: rows to measure on which base is better, where training saw one in few bits.
 
     Raises:
         TsugikiError: anything that keeps a file from being right; what is written is whole.
@@ -69,6 +74,7 @@ def export_gguf(
     joined, stem, home = open_source(source, terminal, model, untie, accept_base)
     paths = file_names(types, stem, output or home)
     _refuse_existing(paths)
+    joined = _better_base(joined, types[0], eval_data, terminal)
     plan = plan_export(joined, stem)
     for note in plan.notes:
         tell_note(terminal, note)
@@ -91,10 +97,28 @@ def export_gguf(
     done = [_written(plan, name, path, terminal) for name, path in paths.items() if name in DIRECT]
     if quantised:
         done += _quantised(plan, exact, paths, terminal)
+    done = [replace(one, kept=joined.base.kept) for one in done]
     done.sort(key=lambda shipped: types.index(shipped.dtype))
     smallest = min(done, key=lambda shipped: shipped.nbytes).path
     tell_runs(terminal, run_gguf(smallest, _modelfile(joined, smallest, stem, terminal), stem))
     return done
+
+
+def _better_base(joined: Joined, dtype: str, rows: Path | None, terminal: Terminal) -> Joined:
+    """As for merging: the base that training saw in few bits, or the stored one, by held-out loss.
+
+    Measured in the type that is written, in fp32 for one that shares blocks.
+    """
+    kept, _ = recorded_quantization(joined.changes.record if joined.changes else None)
+    if joined.changes is None or kept == "none":
+        return joined
+    from tsugiki.joining import better_merge
+
+    code = type_code(dtype if dtype in ("f16", "bf16") else "f32")
+    name, commit = (joined.identity.name, joined.identity.commit) if joined.identity else ("", None)
+    base = ResolvedModel(joined.base.folder, name, commit)
+    plan = MergePlan(joined, joined.changes, code, 0)
+    return better_merge(plan, kept, base, rows, terminal).joined
 
 
 def _modelfile(joined: Joined, gguf: Path, stem: str, terminal: Terminal) -> Path:
@@ -136,6 +160,38 @@ def export_lora(
     _tell(shipped, terminal, time.monotonic() - began)
     tell_runs(terminal, run_lora(path))
     return shipped
+
+
+def prove(
+    source: str,
+    done: Sequence[Shipped],
+    terminal: Terminal,
+    *,
+    model: str | None = None,
+    accept_base: bool = False,
+    text: str | None = None,
+) -> bool:
+    """Hold what was written to what it was made of; true when nothing is beyond its limits.
+
+    text: what is read for the perplexities; passages of this toolkit when None.
+
+    Raises:
+        TsugikiError: what was exported cannot be read a second time.
+    """
+    from tsugiki.joining import open_either
+    from tsugiki.models.kept import as_kept
+    from tsugiki.proof.artefact import Artefact
+    from tsugiki.proof.gguf.artefact import open_gguf_artefact
+    from tsugiki.proving import prove_files, prove_lora
+
+    reference = open_either(source, model, accept_base)
+    if isinstance(reference, Artefact) and done[0].kept != "none":
+        reference = replace(reference, stored=as_kept(reference.stored, done[0].kept))
+    if done[0].dtype == "lora":
+        assert isinstance(reference, Artefact)
+        return prove_lora(reference, done[0].path, terminal)
+    files = [(open_gguf_artefact(str(one.path), one.path, None), one.dtype) for one in done]
+    return prove_files(reference, files, terminal, text)
 
 
 def export_portable(

@@ -19,8 +19,10 @@ from tsugiki.demo import rows_path
 from tsugiki.engine.engine import Engine
 from tsugiki.errors import RunError
 from tsugiki.evaluation.tasks import Score, nearest_answers, score_answers
+from tsugiki.joining import merge_adapter, verify_pair
 from tsugiki.models.load import load_base, resolve_model
 from tsugiki.pipelines import run_training
+from tsugiki.shipping import export_gguf, prove
 from tsugiki.talk.opening import Who, open_voices
 from tsugiki.terminal import Terminal
 
@@ -57,10 +59,10 @@ def question(row: Row) -> str:
 
 
 def run_demo(output: Path, terminal: Terminal, *, seed: int = 0) -> None:
-    """Score the base, train, score again, talk, and say where everything is.
+    """Score the base, train, score again, talk, merge, export, and say where everything is.
 
     Raises:
-        RunError: the output folder cannot be used.
+        RunError: the output folder cannot be used, or what was exported is not the adapter.
     """
     began = time.monotonic()
     output = free_name(output)
@@ -110,6 +112,9 @@ def run_demo(output: Path, terminal: Terminal, *, seed: int = 0) -> None:
                 for name, s in scores.items()},
     )  # fmt: skip
     conversation(scores, terminal)
+    del opened
+    text = "".join(tuned.chat.render(row.messages, answer_next=False) for row in rows)
+    ship(result.adapter, text, terminal)
     terminal.heading("What was written")
     files = sorted(p for p in output.rglob("*") if p.is_file() and ".lock" not in p.name)
     for path in files:
@@ -126,6 +131,21 @@ def run_demo(output: Path, terminal: Terminal, *, seed: int = 0) -> None:
     terminal.say(
         "done", f"\n{time.monotonic() - began:.0f} s in all", seconds=time.monotonic() - began
     )
+
+
+def ship(adapter: Path, text: str, terminal: Terminal) -> None:
+    """Merge, write a GGUF file, and prove both, on a text that the adapter reads.
+
+    Raises:
+        RunError: one of them is not what the adapter is.
+    """
+    terminal.heading("Out: one model with the adapter in it")
+    merged = merge_adapter(adapter, None, terminal)
+    proven = verify_pair(str(adapter), str(merged.folder), terminal)
+    files = export_gguf(str(adapter), ["q8_0"], None, terminal)
+    proven = prove(str(adapter), files, terminal, text=text) and proven
+    if not proven:
+        raise RunError("a file that was written is not what the adapter is: see the tables above")
 
 
 def free_name(output: Path) -> Path:

@@ -6,11 +6,8 @@ none. Knows no tensors and nothing of GGUF's keys.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from gguf.constants import TokenType
-from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -18,12 +15,11 @@ from tsugiki.adapters.joined import Joined
 from tsugiki.data.chat import ChatFormat
 from tsugiki.errors import ModelError
 from tsugiki.formats.gguf_encode import Metadata
+from tsugiki.formats.gguf_pieces import MODEL, read_pieces
 from tsugiki.formats.gguf_tokenizer import SPECIAL, Speech, tokenizer_metadata
 from tsugiki.formats.gguf_vocabulary import Piece
 from tsugiki.models.hub import ResolvedModel
 from tsugiki.models.load import TOKENIZER_FILES, load_tokenizer
-
-MODEL = "tokenizer.model"
 
 
 def vocabulary_metadata(joined: Joined, rows: int) -> tuple[Metadata, list[str]]:
@@ -86,30 +82,3 @@ def _pieces(joined: Joined, backend: Tokenizer) -> list[Piece] | None:
     places = [joined.base.folder] + ([joined.changes.folder] if joined.changes else [])
     found = next((folder / MODEL for folder in places if (folder / MODEL).is_file()), None)
     return None if found is None else read_pieces(found)
-
-
-def read_pieces(path: Path) -> list[Piece]:
-    """The pieces of a tokenizer.model.
-
-    Raises:
-        ModelError: not a SentencePiece model.
-    """
-    processor = SentencePieceProcessor()
-    try:
-        processor.LoadFromFile(str(path))
-    except (OSError, RuntimeError) as error:
-        raise ModelError(f"{path} is not a SentencePiece model: {str(error)[:200]}") from None
-    return [
-        Piece(processor.IdToPiece(i), processor.GetScore(i), _kind(processor, i))
-        for i in range(processor.GetPieceSize())
-    ]
-
-
-def _kind(processor: SentencePieceProcessor, index: int) -> TokenType:
-    if processor.IsUnknown(index):
-        return TokenType.UNKNOWN
-    if processor.IsControl(index):
-        return TokenType.CONTROL
-    if processor.IsUnused(index):
-        return TokenType.UNUSED
-    return TokenType.BYTE if processor.IsByte(index) else TokenType.NORMAL

@@ -164,7 +164,7 @@ class GgufFile:
         """
         info = self.tensors[name]
         some = self.raw(name)[begin:end]
-        numbers = _numbers(some, info.type, info.columns)
+        numbers = decode_numbers(some, info.type, info.columns)
         if numbers is None:
             raise ModelError(
                 f"the values of {name} in {self.path} cannot be read",
@@ -174,7 +174,13 @@ class GgufFile:
         return numbers.reshape(info.shape) if len(some) == info.rows else numbers
 
 
-def _numbers(raw: NDArray[np.uint8], kind: GgmlType, columns: int) -> NDArray[np.float32] | None:
+def decode_numbers(
+    raw: NDArray[np.uint8], kind: GgmlType, columns: int
+) -> NDArray[np.float32] | None:
+    """Stored rows (rows, bytes of a row) → the numbers (rows, columns) that they stand for.
+
+    None where a type's numbers cannot be told.
+    """
     if kind.name in PLAIN:
         return raw.view(PLAIN[kind.name]).astype(np.float32, copy=False)
     if kind.name == "BF16":

@@ -53,6 +53,13 @@ class Place:
         halves = tensor.reshape(self.heads, 2, -1, *tensor.shape[1:])
         return halves.transpose(1, 2).reshape(tensor.shape)
 
+    def restore(self, tensor: Tensor) -> Tensor:
+        """A whole tensor as GGUF has it → as the checkpoint stores it; no shift."""
+        if self.heads:
+            pairs = tensor.reshape(self.heads, -1, 2, *tensor.shape[1:])
+            tensor = pairs.transpose(1, 2).reshape(tensor.shape)
+        return tensor.T if self.transposed else tensor
+
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in the file."""
         return stored[::-1] if self.transposed else stored

@@ -49,6 +49,7 @@ class Artefact:
     stored: StoredModel
     changes: Changes | None = None
     notes: list[str] = field(default_factory=list)
+    _chat: ChatFormat | None = field(default=None, repr=False)
 
     @property
     def kind(self) -> str:
@@ -110,6 +111,11 @@ class Artefact:
 
     def chat(self) -> ChatFormat:
         """The chat format that it speaks: the adapter's recorded one, else its own."""
+        if self._chat is None:
+            self._chat = self._read_chat()
+        return self._chat
+
+    def _read_chat(self) -> ChatFormat:
         tokenizer = load_tokenizer(self.resolved)
         if self.changes is None:
             return ChatFormat.of(tokenizer)

@@ -6,12 +6,14 @@ from token ids. Knows no model and no file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
+
+from tsugiki.errors import TsugikiError
 
 # max |difference of logits| / their standard deviation, mean KL in nats, and distance of the
 # perplexities' ratio from 1, by stored type. What
@@ -57,6 +59,11 @@ class Report:
         """Whether no check failed."""
         return all(check.ok for check in self.checks)
 
+    @property
+    def steps(self) -> set[str]:
+        """Those that were made."""
+        return {check.step for check in self.checks}
+
     def table(self) -> Table:
         """For people: one row a check, and what is wrong beneath it."""
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -86,3 +93,15 @@ def found(step: str, name: str, wrong: Sequence[str], compared: int, what: str) 
     """A check that lists what differs; right when nothing does."""
     figure = f"{len(wrong)} of {compared} {what} differ" if wrong else f"{compared} {what} equal"
     return Check(step, name, figure, "all equal", not wrong, tuple(wrong), float(len(wrong)))
+
+
+def run_steps(steps: Sequence[tuple[str, Callable[[], list[Check]]]]) -> list[Check]:
+    """Every step's checks; one that cannot be made must not hide the others."""
+    checks: list[Check] = []
+    for step, compare in steps:
+        try:
+            checks += compare()
+        except TsugikiError as error:
+            lines = tuple(line.strip() for line in str(error).split("\n"))
+            checks.append(Check(step, "can be read", "no", "yes", False, lines))
+    return checks

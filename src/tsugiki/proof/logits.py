@@ -8,7 +8,8 @@ at all. Knows no tensors.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -34,25 +35,32 @@ RANDOM = (48, 64, 33)  # lengths of the sequences of random ids
 class Probe:
     """Sequences laid end to end, and the positions whose logits are compared.
 
-    ids (1, T); at (n,); following (n,): the next token of the text at that position, -1 where
-    there is none.
+    ids (1, T); at (n,); following (n,): the next token of a text at that position, -1 where there
+    is none; text (n,): which of the texts.
     """
 
     ids: Tensor
     lengths: tuple[int, ...]
     at: Tensor
     following: Tensor
+    text: Tensor
+
+    def reading(self, text: int) -> Probe:
+        """The same with one of its texts to read."""
+        return replace(self, following=torch.where(self.text == text, self.following, -1))
 
 
 @dataclass(frozen=True)
 class Distance:
     """How far two sets of logits are apart.
 
-    error: max |difference| / standard deviation of the reference. kl: mean of KL(reference ‖
+    error: max |difference| / standard deviation of the reference; mean: root of the mean square,
+    so. kl: mean of KL(reference ‖
     candidate) over positions, in nats. top1: share of positions with the same likeliest token.
     """
 
     error: float
+    mean: float
     kl: float
     worst_kl: float
     top1: float
@@ -75,38 +83,19 @@ def compare_logits(
         memory: bytes that a model may take; one that needs more in fp32 runs module by module.
         text: its first tokens are run too, and the two perplexities compared.
     """
-    probe = make_probe(reference, text)
+    probe = make_probe(reference, () if text is None else (text,))
     ours, plain, first = logits_of(reference, probe, memory)
     theirs, _, second = logits_of(candidate, probe, memory)
     if ours.shape != theirs.shape:
-        text = f"{theirs.shape[-1]} logits, the reference has {ours.shape[-1]}"
-        return [Check(STEP, "number of logits", text, "equal", False)]
+        return [unequal_shapes(ours, theirs)]
     limits = LIMITS[_coarser(reference.dtype(), candidate.dtype())]
     error = limits[0] if max_error is None else max_error
     kl = limits[1] if max_kl is None else max_kl
-    d = distance(ours, theirs)
-    where = f"{len(probe.at)} positions, spread {d.spread:.3g}"
-    checks = [
-        Check(
-            STEP,
-            f"largest difference / spread ({where})",
-            f"{d.error:.2e}",
-            f"{error:.0e}",
-            d.error <= error and d.spread > 0,
-            ("the reference's logits do not spread: nothing can be told",) * (d.spread == 0),
-            d.error,
-        ),
-        Check(STEP, "mean KL", f"{d.kl:.2e}", f"{kl:.0e}", d.kl <= kl, (), d.kl),
-        Check(STEP, "largest KL, same first choice", f"{d.worst_kl:.1e}, {d.top1:.1%}", "–", True),
-    ]
+    checks = closeness(distance(ours, theirs), len(probe.at), error, kl)
     if text is not None:
-        checks.append(_perplexities(ours, theirs, probe, limits[2]))
+        checks.append(perplexities(ours, theirs, probe, limits[2]))
     if plain is not None:
-        effect = float((ours - plain).square().mean().sqrt() / plain.std().clamp_min(1e-30))
-        dead = ("the adapter changes nothing: it is as it was before training",) * (effect == 0)
-        checks.append(
-            Check(STEP, "what the adapter moves / spread", f"{effect:.2g}", "–", True, dead, effect)
-        )
+        checks.append(effect_of(ours, plain))
     if first or second:
         held = human_bytes(max(first, second))
         name = "weights in memory, module by module"
@@ -114,6 +103,37 @@ def compare_logits(
             Check(STEP, name, f"{held} at most", "–", True, (), float(max(first, second)))
         )
     return checks
+
+
+def unequal_shapes(ours: Tensor, theirs: Tensor) -> Check:
+    """Two vocabularies: nothing more can be compared."""
+    text = f"{theirs.shape[-1]} logits, the reference has {ours.shape[-1]}"
+    return Check(STEP, "number of logits", text, "equal", False)
+
+
+def closeness(
+    d: Distance, positions: int, error: float, kl: float, *, mean: bool = False
+) -> list[Check]:
+    """A distance beside its limits; `error` is of the largest difference, or of their mean."""
+    where = f"{positions} positions, spread {d.spread:.3g}"
+    flat = ("the reference's logits do not spread: nothing can be told",) * (d.spread == 0)
+    value, name = (d.mean, "mean difference") if mean else (d.error, "largest difference")
+    fine = value <= error and d.spread > 0
+    name = f"{name} / spread ({where})"
+    told = "–" if math.isinf(kl) else f"{kl:.0e}"
+    return [
+        Check(STEP, name, f"{value:.2e}", f"{error:.0e}", fine, flat, value),
+        Check(STEP, "mean KL", f"{d.kl:.2e}", told, d.kl <= kl, (), d.kl),
+        Check(STEP, "largest KL", f"{d.worst_kl:.1e}", "–", True, (), d.worst_kl),
+        Check(STEP, "same first choice", f"{d.top1:.1%}", "–", True, (), d.top1),
+    ]
+
+
+def effect_of(ours: Tensor, plain: Tensor) -> Check:
+    """How much an adapter moves the logits (n, V) of its base."""
+    effect = float((ours - plain).square().mean().sqrt() / plain.std().clamp_min(1e-30))
+    dead = ("the adapter changes nothing: it is as it was before training",) * (effect == 0)
+    return Check(STEP, "what the adapter moves / spread", f"{effect:.2g}", "–", True, dead, effect)
 
 
 def logits_of(
@@ -143,25 +163,36 @@ def logits_of(
     return run(base, probe), plain, largest
 
 
-def make_probe(artefact: Artefact, text: str | None = None) -> Probe:
-    """Rendered prompts, random ids and the start of a text.
+def make_probe(artefact: Artefact, texts: Sequence[str] = (), longest: int | None = None) -> Probe:
+    """Rendered prompts, random ids and the start of each text.
 
-    At most `KEPT` logits; the last position of each sequence and the text's come first.
+    At most `KEPT` logits; the last position of each sequence and the texts' come first.
+
+    Args:
+        longest: tokens of a sequence; what the model takes when None.
     """
     spec = ModelSpec.from_folder(artefact.stored.folder)
-    vocabulary, context = spec.vocab_size, spec.context
+    words = [token_ids(artefact, text) for text in texts]
+    return lay_probe(prompts(artefact), words, spec.vocab_size, longest or spec.context)
+
+
+def lay_probe(
+    asked: list[list[int]], texts: Sequence[list[int]], vocabulary: int, context: int
+) -> Probe:
+    """Prompts, random ids and texts' ids, end to end."""
     generator = torch.Generator().manual_seed(20240229)
-    rows = [ids[-context:] for ids in prompts(artefact)]
+    rows = [ids[-context:] for ids in asked]
     for length in RANDOM:
         drawn = torch.randint(0, vocabulary, (min(length, context),), generator=generator)
         rows.append(drawn.tolist())
     following = [-1] * sum(len(row) for row in rows)
-    if text is not None:
-        size = min(TEXT, context)
-        words = token_ids(artefact, text)[: 4 * size]
-        for start in range(0, len(words), size):
-            rows.append(words[start : start + size])
+    which = [-1] * len(following)
+    size = min(TEXT, context)
+    for number, words in enumerate(texts):
+        for start in range(0, min(len(words), 4 * size), size):
+            rows.append(words[start : min(start + size, 4 * size)])
             following += [*rows[-1][1:], -1]
+            which += [number] * len(rows[-1])
     lengths = tuple(len(row) for row in rows)
     total = sum(lengths)
     first = torch.zeros(total, dtype=torch.bool)
@@ -171,10 +202,10 @@ def make_probe(artefact: Artefact, text: str | None = None) -> Probe:
     order = torch.randperm(total, generator=generator)
     at = torch.cat([order[first[order]], order[~first[order]]])[:keep].sort().values
     ids = torch.tensor([[i for row in rows for i in row]])
-    return Probe(ids, lengths, at, torch.tensor(following)[at])
+    return Probe(ids, lengths, at, torch.tensor(following)[at], torch.tensor(which)[at])
 
 
-def _perplexities(ours: Tensor, theirs: Tensor, probe: Probe, limit: float) -> Check:
+def perplexities(ours: Tensor, theirs: Tensor, probe: Probe, limit: float) -> Check:
     """exp of the mean loss on the text, the candidate's over the reference's."""
     known = probe.following >= 0
     if not bool(known.any()):
@@ -186,7 +217,8 @@ def _perplexities(ours: Tensor, theirs: Tensor, probe: Probe, limit: float) -> C
     ratio = math.exp(min(losses[1] - losses[0], 700.0)) if losses[1] == losses[1] else math.inf
     figure = f"{math.exp(min(losses[0], 700.0)):.4g}, ratio {ratio:.6f}"
     name = f"perplexity on {int(known.sum())} tokens of text"
-    return Check(STEP, name, figure, f"1 ± {limit:g}", abs(ratio - 1) <= limit, (), ratio)
+    told = "–" if math.isinf(limit) else f"1 ± {limit:g}"
+    return Check(STEP, name, figure, told, ratio - 1 <= limit, (), ratio)
 
 
 def run(base: Base, probe: Probe) -> Tensor:
@@ -198,13 +230,15 @@ def run(base: Base, probe: Probe) -> Tensor:
 def distance(ours: Tensor, theirs: Tensor) -> Distance:
     """Of the candidate's logits (n, V) from the reference's; NaN counts as infinitely far."""
     spread = float(ours.std())
-    error = float((theirs - ours).abs().max()) / spread if spread > 0 else 0.0
+    apart = theirs - ours
+    error = float(apart.abs().max()) / spread if spread > 0 else 0.0
+    mean = float(apart.square().mean().sqrt()) / spread if spread > 0 else 0.0
     a, b = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
     kl = (a.exp() * (a - b)).sum(-1)
     if not bool(torch.isfinite(theirs).all()):
-        return Distance(float("inf"), float("inf"), float("inf"), 0.0, spread)
+        return Distance(math.inf, math.inf, math.inf, math.inf, 0.0, spread)
     top1 = float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
-    return Distance(error, float(kl.mean().clamp_min(0)), float(kl.max()), top1, spread)
+    return Distance(error, mean, float(kl.mean().clamp_min(0)), float(kl.max()), top1, spread)
 
 
 def _coarser(a: str, b: str) -> str:

@@ -64,6 +64,27 @@ STRINGS = (
     "{{ x }} {% if %}",
     "\x00\x01\x7f",
 )
+# For the perplexities of models that read English, documentation or Japanese.
+PASSAGES = (
+    "Once upon a time there was a little girl who lived in a small house near the forest. Every "
+    "morning she went outside to play with her dog. One day they found a red ball under a big "
+    "tree. She was very happy and wanted to show it to her mother. Her mother smiled and said that "
+    "they could play with it together. They played until the sun went down, and then they went "
+    "home to eat dinner. The dog was tired and fell asleep by the fire. The next day it rained, so "
+    "they stayed inside and read a book about a brave cat who sailed across the sea to find a new "
+    "friend.",
+    "The function takes a list of strings and returns a new list in which every string is written "
+    "in lower case. If the argument is not a list, a TypeError is raised. The default value of the "
+    "second argument is None, which means that the order of the items is not changed. To sort the "
+    "result, pass True. The following example shows how to read a file line by line and count the "
+    "words in it. Note that the file must be opened in text mode, and that it is closed when the "
+    "block ends. See the documentation of the module for more information about the options that "
+    "can be set in the configuration file.",
+    "昔々、山のふもとの小さな村に、おじいさんとおばあさんが住んでいました。おじいさんは毎朝、"
+    "畑へ出かけて野菜を育てていました。おばあさんは川で洗濯をしながら、鳥の声を聞くのが好きでした。"
+    "ある日、川の上流から大きな桃が流れてきました。二人は桃を家に持ち帰り、"
+    "切って食べることにしました。すると中から元気な子供が出てきたので、二人はとても驚きました。",
+)
 TALKS: tuple[tuple[Message, ...], ...] = (
     (Message("user", "Hello"),),
     (Message("user", "日本の首都はどこですか？"),),
@@ -83,21 +104,21 @@ TALKS: tuple[tuple[Message, ...], ...] = (
 def compare_tokens(reference: Artefact, candidate: Artefact) -> list[Check]:
     """The same ids for every string, with and without special tokens, and the same text back."""
     ours, theirs = reference.chat().tokenizer, candidate.chat().tokenizer
-    strings = [*STRINGS, *_added(ours), *_added(theirs)]
-    strings += [f"a {token} b{token}c" for token in _added(ours)]
+    strings = [*STRINGS, *added_tokens(ours), *added_tokens(theirs)]
+    strings += [f"a {token} b{token}c" for token in added_tokens(ours)]
     wrong = []
     for text in dict.fromkeys(strings):
         for special in (True, False):
-            a, b = _ids(ours, text, special), _ids(theirs, text, special)
+            a, b = ids_of(ours, text, special), ids_of(theirs, text, special)
             if a != b:
                 wrong.append(f"{text[:40]!r}: {b[:12]}, the reference gives {a[:12]}")
                 break
         else:
-            if ours.decode(_ids(ours, text, False)) != theirs.decode(_ids(theirs, text, False)):
+            if ours.decode(ids_of(ours, text, False)) != theirs.decode(ids_of(theirs, text, False)):
                 wrong.append(f"{text[:40]!r}: the ids read back as another text")
     missing = [
         f"added token {token!r}: missing"
-        for token in _added(ours)
+        for token in added_tokens(ours)
         if token not in theirs.get_vocab()
     ]
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
@@ -113,7 +134,7 @@ def compare_tokens(reference: Artefact, candidate: Artefact) -> list[Check]:
         missing.append(f"{len(theirs)} tokens, the reference has {len(ours)}")
     return [
         found("3 token ids", "nasty strings", wrong, len(dict.fromkeys(strings)), "strings"),
-        found("3 token ids", "vocabulary", missing, len(_added(ours)) + 6, "facts"),
+        found("3 token ids", "vocabulary", missing, len(added_tokens(ours)) + 6, "facts"),
     ]
 
 
@@ -122,11 +143,9 @@ def compare_templates(reference: Artefact, candidate: Artefact) -> list[Check]:
     ours, theirs = reference.chat(), candidate.chat()
     wrong = []
     for talk in TALKS:
-        a, b = _prompt(ours, talk), _prompt(theirs, talk)
+        a, b = prompt_of(ours, talk), prompt_of(theirs, talk)
         if a != b:
-            wrong.append(
-                f"{talk[-1].content[:20]!r} ({len(talk)} turns): {_first_difference(a, b)}"
-            )
+            wrong.append(f"{talk[-1].content[:20]!r} ({len(talk)} turns): {first_difference(a, b)}")
     stop = []
     if ours.stop_id != theirs.stop_id:
         stop.append(f"answers end with {theirs.stop_id}, the reference's with {ours.stop_id}")
@@ -139,16 +158,16 @@ def compare_templates(reference: Artefact, candidate: Artefact) -> list[Check]:
 def prompts(artefact: Artefact) -> list[list[int]]:
     """Real prompts for the logits."""
     chat = artefact.chat()
-    made = [_prompt(chat, talk) for talk in TALKS]
+    made = [prompt_of(chat, talk) for talk in TALKS]
     return [list(ids) for ids in made if not isinstance(ids, str) and ids]
 
 
 def token_ids(artefact: Artefact, text: str) -> list[int]:
     """Of a text, as the model reads one."""
-    return _ids(artefact.chat().tokenizer, text, True)
+    return ids_of(artefact.chat().tokenizer, text, True)
 
 
-def _prompt(chat: ChatFormat, talk: tuple[Message, ...]) -> list[int] | str:
+def prompt_of(chat: ChatFormat, talk: tuple[Message, ...]) -> list[int] | str:
     """Ids, or why the template refuses the conversation."""
     try:
         return chat.prompt_ids(talk)
@@ -156,7 +175,7 @@ def _prompt(chat: ChatFormat, talk: tuple[Message, ...]) -> list[int] | str:
         return f"refused: {str(error)[:80]}"
 
 
-def _first_difference(a: list[int] | str, b: list[int] | str) -> str:
+def first_difference(a: list[int] | str, b: list[int] | str) -> str:
     if isinstance(a, str) or isinstance(b, str):
         return f"{b if isinstance(b, str) else 'rendered'}; the reference: " + (
             a if isinstance(a, str) else "rendered"
@@ -167,10 +186,10 @@ def _first_difference(a: list[int] | str, b: list[int] | str) -> str:
     return f"other ids from position {at}: {b[at : at + 6]}, the reference gives {a[at : at + 6]}"
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
     found: Any = tokenizer(text, add_special_tokens=special)["input_ids"]
     return list(found)
 
 
-def _added(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [str(token) for token in tokenizer.get_added_vocab()]

@@ -9,11 +9,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from tsugiki.errors import TsugikiError
 from tsugiki.models.kept import as_kept
 from tsugiki.models.quantized import METHODS
 from tsugiki.proof.artefact import Artefact
-from tsugiki.proof.checks import Check, Report
+from tsugiki.proof.checks import Check, Report, run_steps
 from tsugiki.proof.logits import compare_logits
 from tsugiki.proof.settings import compare_settings
 from tsugiki.proof.tensors import compare_files, compare_tensors
@@ -70,11 +69,4 @@ def verify(
             text=text,
         )
         steps.append(("5 logits", run))
-    checks: list[Check] = []
-    for step, compare in steps:
-        try:
-            checks += compare()
-        except TsugikiError as error:  # a step that cannot be made must not hide the others
-            lines = tuple(line.strip() for line in str(error).split("\n"))
-            checks.append(Check(step, "can be read", "no", "yes", False, lines))
-    return Report(reference.name, candidate.name, tuple(checks), tuple(notes))
+    return Report(reference.name, candidate.name, tuple(run_steps(steps)), tuple(notes))

@@ -36,12 +36,21 @@ def logits(
     """For each prompt, frames of the logits (n, V) of its next n tokens."""
     with _model(library, gguf) as model:
         longest = max((len(prompt) for prompt in prompts), default=0)
-        with _context(library, model, longest, threads, lora, scale) as context:
+        with _context(library, model, longest, threads) as context:
+            context.lay(lora, scale)
             for number, prompt in enumerate(prompts):
-                context.begin(prompt)
-                for begin in range(0, len(prompt), BATCH):
-                    found = context.decode(prompt[begin : begin + BATCH], begin, every=True)
-                    yield {"prompt": number, "begin": begin, "columns": context.vocabulary}, found
+                yield from context.run(prompt, {"prompt": number})
+
+
+def switched(
+    library: Library, payload: bytearray, gguf: str, prompt: list[int], lora: str, scale: float,
+    threads: int,
+) -> Iterator[Frame]:  # fmt: skip
+    """Frames of one prompt's logits in one context: without the adapter, with it, taken off."""
+    with _model(library, gguf) as model, _context(library, model, len(prompt), threads) as context:
+        for number, adapter in enumerate((None, lora, None)):
+            context.lay(adapter, scale)
+            yield from context.run(prompt, {"prompt": number})
 
 
 def generate(
@@ -59,7 +68,8 @@ def generate(
     with _model(library, gguf) as model:
         vocabulary = library.llama_model_get_vocab(model)
         longest = max((len(prompt) for prompt in prompts), default=0) + most
-        with _context(library, model, longest, threads, lora, scale) as context:
+        with _context(library, model, longest, threads) as context:
+            context.lay(lora, scale)
             for number, prompt in enumerate(prompts):
                 context.begin(prompt)
                 for begin in range(0, len(prompt), BATCH):
@@ -101,6 +111,14 @@ def tokenise(
         yield {"ids": found}, b""
 
 
+def ends(library: Library, payload: bytearray, gguf: str) -> Iterator[Frame]:
+    """One frame with the ids that end an answer."""
+    with _model(library, gguf, vocabulary_only=True) as model:
+        vocabulary = library.llama_model_get_vocab(model)
+        count = library.llama_vocab_n_tokens(vocabulary)
+        yield {"ids": [i for i in range(count) if library.llama_vocab_is_eog(vocabulary, i)]}, b""
+
+
 def detokenise(
     library: Library, payload: bytearray, gguf: str, ids: list[list[int]], special: bool
 ) -> Iterator[Frame]:
@@ -139,9 +157,7 @@ def _model(library: Library, gguf: str, vocabulary_only: bool = False) -> Iterat
 
 
 @contextmanager
-def _context(
-    library: Library, model: int, length: int, threads: int, lora: str | None, scale: float
-) -> Iterator[_Context]:
+def _context(library: Library, model: int, length: int, threads: int) -> Iterator[_Context]:
     trained = library.llama_model_n_ctx_train(model)
     if length > trained:
         raise Refused(f"a prompt of {length} tokens is too long: the model takes {trained}", "")
@@ -158,28 +174,42 @@ def _context(
         raise Refused("llama.cpp cannot make a context for this model", "")
     batch = library.llama_batch_init(params.n_batch, 0, 1)
     try:
-        if lora is not None:
-            adapter = library.llama_adapter_lora_init(model, lora.encode(errors="surrogateescape"))
-            if not adapter:
-                raise Refused("llama.cpp cannot load this adapter", lora)
-            one, scales = (ctypes.c_void_p * 1)(adapter), (ctypes.c_float * 1)(scale)
-            if library.llama_set_adapters_lora(context, one, 1, scales) != 0:
-                raise Refused("llama.cpp cannot use this adapter", lora)
-        vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
-        yield _Context(library, context, batch, vocabulary)
+        yield _Context(library, model, context, batch)
     finally:
         library.llama_batch_free(batch)
         library.llama_free(context)
 
 
 class _Context:
-    """One sequence of tokens and its past."""
+    """One sequence of tokens and its past, and the adapter that lies over the model."""
 
-    def __init__(self, library: Library, context: int, batch: Batch, vocabulary: int) -> None:
+    def __init__(self, library: Library, model: int, context: int, batch: Batch) -> None:
         self.library = library
+        self.model = model
         self.context = context
         self.batch = batch
-        self.vocabulary = vocabulary
+        self.vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
+
+    def lay(self, lora: str | None, scale: float) -> None:
+        """Lay an adapter over the model, or take off what lies there."""
+        library, count = self.library, 0
+        one, scales = (ctypes.c_void_p * 1)(None), (ctypes.c_float * 1)(scale)
+        if lora is not None:
+            one[0] = library.llama_adapter_lora_init(
+                self.model, lora.encode(errors="surrogateescape")
+            )
+            if not one[0]:
+                raise Refused("llama.cpp cannot load this adapter", lora)
+            count = 1
+        if library.llama_set_adapters_lora(self.context, one, count, scales) != 0:
+            raise Refused("llama.cpp cannot use this adapter", lora or "")
+
+    def run(self, prompt: list[int], about: dict[str, Any]) -> Iterator[Frame]:
+        """Frames of the logits (n, V) of a prompt's next n tokens, from its first on."""
+        self.begin(prompt)
+        for begin in range(0, len(prompt), BATCH):
+            found = self.decode(prompt[begin : begin + BATCH], begin, every=True)
+            yield {**about, "begin": begin, "columns": self.vocabulary}, found
 
     def begin(self, prompt: list[int]) -> None:
         """Forget the past; a prompt follows."""

@@ -148,15 +148,33 @@ class LlamaCpp:
         scale: float = 1.0,
     ) -> Iterator[NDArray[np.float32]]:
         """As `logits`, one prompt at a time: only one array is in memory."""
-        found: NDArray[np.float32] | None = None
         request = self._about(gguf, lora, scale) | {"verb": "logits", "prompts": _ids(prompts)}
+        yield from self._joined(request, [len(prompt) for prompt in prompts], gguf)
+
+    def switched(
+        self, gguf: Path, prompt: Sequence[int], lora: Path, *, scale: float = 1.0
+    ) -> tuple[NDArray[np.float32], ...]:
+        """Logits (T, V) without an adapter, with it, and with it taken off again, in one context.
+
+        Raises:
+            ModelError: as `logits`.
+        """
+        (ids,) = _ids([prompt])
+        request = self._about(gguf, lora, scale) | {"verb": "switched", "prompt": ids}
+        return tuple(self._joined(request, [len(ids)] * 3, gguf))
+
+    def _joined(
+        self, request: dict[str, Any], lengths: Sequence[int], gguf: Path
+    ) -> Iterator[NDArray[np.float32]]:
+        """Each prompt's logits, put together of their frames."""
+        found: NDArray[np.float32] | None = None
         for header, payload in self._ask(request, source=gguf):
-            prompt, begin = prompts[header["prompt"]], header["begin"]
+            length, begin = lengths[header["prompt"]], header["begin"]
             if found is None:
-                found = np.empty((len(prompt), header["columns"]), np.float32)
+                found = np.empty((length, header["columns"]), np.float32)
             piece = np.frombuffer(payload, np.float32).reshape(-1, header["columns"])
             found[begin : begin + len(piece)] = piece
-            if begin + len(piece) == len(prompt):
+            if begin + len(piece) == length:
                 yield found
                 found = None
 
@@ -199,6 +217,12 @@ class LlamaCpp:
         }  # fmt: skip
         (found,) = [header["ids"] for header, _ in self._ask(request, source=gguf)]
         return [list(ids) for ids in found]
+
+    def ends(self, gguf: Path) -> list[int]:
+        """Ids that end an answer in llama.cpp, by the file's keys or by their texts."""
+        open_gguf(gguf)
+        request = {"verb": "ends", "gguf": str(gguf)}
+        return [int(i) for header, _ in self._ask(request, source=gguf) for i in header["ids"]]
 
     def detokenise(self, gguf: Path, ids: Sequence[Sequence[int]], *, special: bool) -> list[bytes]:
         """The bytes that tokens stand for, special ones left out unless asked for."""

@@ -29,6 +29,8 @@ VERBS: dict[str, Verb] = {
     "quantise rows": rows.quantise_rows,
     "quantise file": rows.quantise_file,
     "logits": model.logits,
+    "switched": model.switched,
+    "ends": model.ends,
     "tokenise": model.tokenise,
     "detokenise": model.detokenise,
     "generate": model.generate,

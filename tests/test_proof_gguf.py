@@ -1,0 +1,233 @@
+"""Verify raises no alarm on good GGUF files, of eight families, ours or made another way."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from families import FAMILIES, save_tiny, save_wide, tiny_model
+from sentencepiece_for_tests import train_pieces, train_unigram
+from test_exporting_gguf import VARIANTS, save_variant
+from test_merging_peft import peft_adapter
+from test_proof_faults import TOKENIZER, failures
+from typer.testing import CliRunner
+
+from tsugiki.adapters.joined import join
+from tsugiki.cli import app
+from tsugiki.exporting.gguf import plan_export, write_gguf
+from tsugiki.exporting.gguf_lora import plan_lora, write_lora
+from tsugiki.formats.llama_cpp.process import LlamaCpp
+from tsugiki.formats.quantise import quantise_file
+from tsugiki.merging import plan_merge, write_merged
+from tsugiki.proof.artefact import open_artefact
+from tsugiki.proof.gguf.artefact import GgufArtefact, gguf_paths, open_gguf_artefact
+from tsugiki.proof.gguf.verify import verify_gguf
+from tsugiki.shipping import export_gguf, prove
+from tsugiki.terminal import Terminal
+
+PAIRS = ("f32", "bf16, merged before", "q8_0", "q4_k_m of an f16", "beside its base")
+
+
+@pytest.fixture(scope="module")
+def llama() -> Iterator[LlamaCpp]:
+    with LlamaCpp(1) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A family's base and adapter, made once."""
+    root = tmp_path_factory.mktemp("gguf-pairs")
+
+    @cache
+    def make(family: str) -> Path:
+        base = save_wide(family, root / family / "base", TOKENIZER)
+        peft_adapter(base, root / family / "adapter", lora_alpha=16)
+        return root / family
+
+    return make
+
+
+def good_file(pair: str, home: Path, folder: Path) -> str:
+    """A file that is right, as `verify` takes it."""
+    plan = plan_export(join(home / "base", home / "adapter"), "x")
+    if pair == "bf16, merged before":
+        write_merged(plan_merge(home / "adapter", home / "base", dtype="bf16"), folder / "merged")
+        plan = plan_export(join(folder / "merged", None), "x")
+        return str(write_gguf(plan, "bf16", folder / "x.gguf").path)
+    if pair == "q4_k_m of an f16":  # a number rounded to 16 bits first gets other bytes
+        write_gguf(plan, "f16", folder / "f16.gguf")
+        return str(quantise_file(folder / "f16.gguf", folder / "x.gguf", "q4_k_m", 1).path)
+    if pair == "beside its base":
+        base = write_gguf(plan_export(join(home / "base", None), "x"), "q8_0", folder / "b.gguf")
+        plan = plan_lora(join(home / "base", home / "adapter", untie=True), "x")
+        write_lora(plan, folder / "lora.gguf")
+        return f"{base.path}+{folder / 'lora.gguf'}"
+    return str(write_gguf(plan, pair, folder / "x.gguf").path)
+
+
+def opened(given: str) -> GgufArtefact:
+    files = gguf_paths(given)
+    assert files is not None
+    return open_gguf_artefact(given, *files)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_alarm_on_good_pairs(
+    family: str, pair: str, place: Callable[[str], Path], llama: LlamaCpp, tmp_path: Path
+) -> None:
+    """Forty of them: five for each of eight families."""
+    home = place(family)
+    adapter = open_artefact(str(home / "adapter"), str(home / "base"))
+    report = verify_gguf(adapter, opened(good_file(pair, home, tmp_path)), llama)
+    assert report.ok, failures(report)
+    assert any(check.step == "5 logits" for check in report.checks)
+
+
+def test_two_files_and_the_finer_is_the_reference(
+    place: Callable[[str], Path], llama: LlamaCpp, tmp_path: Path
+) -> None:
+    home = place("llama")
+    names = {}
+    for pair in PAIRS:
+        (tmp_path / pair).mkdir()
+        names[pair] = good_file(pair, home, tmp_path / pair)
+    for a, b in ((0, 2), (2, 0), (0, 4), (2, 3), (3, 1)):
+        report = verify_gguf(opened(names[PAIRS[a]]), opened(names[PAIRS[b]]), llama)
+        assert report.ok, (a, b, failures(report))
+        assert any("is the reference" in note for note in report.notes) == (
+            (a, b) in ((2, 0), (3, 1))
+        )
+    report = verify_gguf(
+        opened(names["f32"]), opened(names["beside its base"].split("+")[0]), llama
+    )
+    assert not report.ok, "without its adapter it is another model"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_other_settings_of_the_families(name: str, llama: LlamaCpp, tmp_path: Path) -> None:
+    base = save_variant(name, tmp_path / "base")
+    file = write_gguf(plan_export(join(base, None), "x"), "q8_0", tmp_path / "x.gguf").path
+    report = verify_gguf(open_artefact(str(base)), opened(str(file)), llama)
+    assert report.ok, failures(report)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json alone", "unigram"])
+def test_sentencepiece(kind: str, llama: LlamaCpp, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    if kind == "unigram":
+        tiny_model("gpt2", 0, train_unigram(folder)).save_pretrained(folder)
+    else:
+        rows = train_pieces(folder, special=("<|user|>", "<|end|>"), user=("<tool>",))
+        tiny_model("llama", 0, rows).save_pretrained(folder)
+        if "alone" in kind:
+            (folder / "tokenizer.model").unlink()
+    file = write_gguf(plan_export(join(folder, None), "x"), "f32", tmp_path / "x.gguf").path
+    report = verify_gguf(open_artefact(str(folder)), opened(str(file)), llama)
+    assert report.ok, failures(report)
+
+
+def test_the_verb(place: Callable[[str], Path], tmp_path: Path) -> None:
+    """The table, --json, the exit code, and limits that can be changed."""
+    home = place("qwen3")
+    file = good_file("q8_0", home, tmp_path)
+    base = str(home / "base")
+    runner = CliRunner()
+    arguments = ["verify", str(home / "adapter"), file, "--model", base]
+    good = runner.invoke(app, [*arguments, "--dtype", "q8_0"])
+    assert good.exit_code == 0, good.output
+    assert "quantised again" in good.output
+    assert "equal in all" in good.output
+    for more in (["--max-error", "1e-6"], ["--max-kl", "1e-12"], ["--dtype", "q4_k_m"]):
+        bad = runner.invoke(app, [*arguments, *more, "--json"])
+        assert bad.exit_code == 1, bad.output
+        assert json.loads(bad.output.splitlines()[-1])["ok"] is False
+    other = runner.invoke(app, ["verify", base, file, "--json"])
+    assert other.exit_code == 1
+    verdict = json.loads(other.output.splitlines()[-1])
+    assert "quantised again" in verdict["failed"]
+
+
+def test_bad_names(place: Callable[[str], Path], tmp_path: Path) -> None:
+    home = place("qwen3")
+    write_lora(
+        plan_lora(join(home / "base", home / "adapter", untie=True), "x"), tmp_path / "lora.gguf"
+    )
+    (tmp_path / "text.gguf").write_text("not a model")
+    runner = CliRunner()
+    for given, words in (
+        (str(tmp_path / "none.gguf"), "none.gguf"),
+        (str(tmp_path / "text.gguf"), "not a whole GGUF file"),
+        (str(tmp_path / "lora.gguf"), "is an adapter"),
+        (f"{tmp_path / 'lora.gguf'}+{tmp_path / 'lora.gguf'}", "is an adapter"),
+    ):
+        done = runner.invoke(app, ["verify", str(home / "base"), given])
+        assert done.exit_code != 0
+        assert words in str(done.exception), done.exception
+
+
+def test_it_needs_no_llama_cpp_python(
+    place: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step, where importing llama_cpp fails; what it needs is in the extra [gguf]."""
+    home = place("llama")
+    file = good_file("q8_0", home, tmp_path)
+    blocked = tmp_path / "site" / "llama_cpp"
+    blocked.mkdir(parents=True)
+    (blocked / "__init__.py").write_text("raise ImportError('not here')")
+    paths = [str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))  # of llama.cpp's own process
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)  # of this one
+    adapter = open_artefact(str(home / "adapter"), str(home / "base"))
+    with LlamaCpp(1) as llama:
+        report = verify_gguf(adapter, opened(file), llama)
+    assert report.ok, failures(report)
+    assert {check.step[0] for check in report.checks} == set("12345")
+
+
+def test_a_head_apart_or_tied(llama: LlamaCpp, tmp_path: Path) -> None:
+    for family in ("gpt2", "gemma3"):
+        base = save_tiny(family, tmp_path / family / "base", TOKENIZER)
+        file = write_gguf(
+            plan_export(join(base, None), "x"), "f16", tmp_path / f"{family}.gguf"
+        ).path
+        report = verify_gguf(open_artefact(str(base)), opened(str(file)), llama)
+        assert report.ok, failures(report)
+
+
+def test_an_export_proves_itself(place: Callable[[str], Path], tmp_path: Path) -> None:
+    home = place("qwen3")
+    source = [str(home / "adapter"), "--model", str(home / "base")]
+    for flags in (["--gguf", "f16,q4_k_m"], ["--gguf-lora"]):
+        done = CliRunner().invoke(app, ["export", *source, *flags, "--output", str(tmp_path)])
+        assert done.exit_code == 0, done.output
+        assert "each is what it was made of" in done.output
+    # a file that is not what it should be: told, and an exit code
+    shipped = export_gguf(str(home / "base"), ["q8_0"], tmp_path / "base", Terminal())
+    assert not prove(source[0], shipped, Terminal(), model=source[2])
+
+
+def test_without_llama_cpp_the_rest_is_proven_and_what_is_not_is_said(
+    place: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    home = place("qwen3")
+    source, model = str(home / "adapter"), str(home / "base")
+    shipped = export_gguf(source, ["f16", "q8_0"], tmp_path / "out", Terminal(), model=model)
+    assert prove(source, shipped, Terminal(), model=model)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "to the bit" in told
+    assert "not proven without llama.cpp" in told
+    assert "pip install 'tsugiki[gguf]'" in told
+    assert "as far as it can be told" in told
+    shipped = export_gguf(model, ["q8_0"], tmp_path / "base", Terminal())
+    assert not prove(source, shipped, Terminal(), model=model), "numbers need no llama.cpp"
