@@ -9,6 +9,7 @@ import torch
 from families import FAMILIES, tiny_model
 from torch import Tensor, nn
 
+from tsugiki import memory
 from tsugiki.adapters.attach import attach, detach, lora_modules
 from tsugiki.config import LoraConfig
 from tsugiki.errors import ModelError
@@ -18,6 +19,7 @@ from tsugiki.models.flat import flat_forward, flat_loss, use_flat_attention
 from tsugiki.models.int8 import LEVELS, Int8Products, doors
 from tsugiki.models.projections import frozen_weight
 from tsugiki.models.quantized import quantize_modules
+from tsugiki.models.spec import ModelSpec
 from tsugiki.models.tune import Tuned, tune
 from tsugiki.models.wide import in_fp32
 
@@ -132,6 +134,8 @@ def test_on_a_base_in_few_bits(method: str) -> None:
     assert len(products.weights) == 22
     products.use(1)
     assert float(cosines(gradients(model, tuned), exact).median()) > 0.98
+    planned = memory.int8_bytes(memory.shape_of(ModelSpec.from_config(model.config)), method)
+    assert planned - memory.INT8_SCRATCH == products.nbytes, "what is planned is what is held"
     if method == "int8":  # the head's codes, and scales
         rows = sum(weight.shape[0] for weight in products.weights.values())
         assert products.nbytes == products.weights["lm_head"].packed.nbytes + 4 * rows
