@@ -218,7 +218,7 @@ def perplexities(ours: Tensor, theirs: Tensor, probe: Probe, limit: float) -> Ch
     figure = f"{math.exp(min(losses[0], 700.0)):.4g}, ratio {ratio:.6f}"
     name = f"perplexity on {int(known.sum())} tokens of text"
     told = "–" if math.isinf(limit) else f"1 ± {limit:g}"
-    return Check(STEP, name, figure, told, ratio - 1 <= limit, (), ratio)
+    return Check(STEP, name, figure, told, abs(ratio - 1) <= limit, (), ratio)
 
 
 def run(base: Base, probe: Probe) -> Tensor:
