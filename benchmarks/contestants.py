@@ -22,11 +22,13 @@ from tsugiki.config import LoraConfig
 from tsugiki.data.chat import Example
 from tsugiki.device import keep_pages
 from tsugiki.models.flat import flat_loss, use_flat_attention
-from tsugiki.models.tune import tune
+from tsugiki.models.int8 import LEVELS, Int8Products
+from tsugiki.models.tune import Tuned, tune
+from tsugiki.training.gradients import BATCHES, settle
 from tsugiki.training.objective import flatten
 from tsugiki.training.ranks import ranks
 from tsugiki.training.scaling import LossScale
-from tsugiki.training.step import make_optimizer, optimiser_step
+from tsugiki.training.step import LossOf, make_optimizer, optimiser_step
 
 RANK, ALPHA, RATE = 16, 16, 1e-4
 Step = Callable[[], float]
@@ -47,7 +49,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     counts = products(model)
     rows = random_rows(config.vocab_size, options.rows, options.length)
     make = ours if name.startswith("ours") else theirs
-    step, note = make(name, model, shape, rows)
+    if name == "ours-int8":
+        step, note = ours_int8(name, model, shape, rows, config.vocab_size)
+    else:
+        step, note = make(name, model, shape, rows)
     clock = clockwork.clock_of(options.clock)
     loaded = clockwork.peak_rss()
     step()
@@ -66,6 +71,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "peak_rss": peak,
         "loaded_rss": loaded,
         "rates": rates,
+        "int8_rates": {f"{n}x{k}": best_int8_rate(n, k, tokens, clock) for n, k in counts}
+        if name == "ours-int8"
+        else {},
         "counts": {f"{n}x{k}": count for (n, k), count in counts.items()},
         "weights": sum(n * k * count for (n, k), count in counts.items()),
         "full_flops": full_flops(counts, config, options.rows, options.length),
@@ -88,12 +96,35 @@ def ours(
     scaling: LossScale | None = None,
 ) -> tuple[Step, str]:
     """A step as `tsugiki train` makes it; scaling: for float16."""
-    dropout = 0.0 if name != "ours" else clockwork.DROPOUT
+    step, tuned, _ = _ours(name, model, shape, rows, scaling)
+    return step, "" if tuned is None else tuned.note
+
+
+def ours_int8(
+    name: str, model: nn.Module, shape: Shape, rows: list[Example], vocab: int
+) -> tuple[Step, str]:
+    """The same with `--compute int8`, at the level that this very model's gradients allow."""
+    step, tuned, loss_of = _ours(name, model, shape, rows)
+    assert tuned is not None
+    products = Int8Products(model, tuned)
+    passes = [[row] for row in random_rows(vocab, BATCHES, len(rows[0].ids))]
+    settled = settle(model, products, loss_of, passes, draw=True)
+    training_mode(model, True)
+    return step, f"{LEVELS[settled.level]}; {settled.verdict.note}; {tuned.note}"
+
+
+def _ours(
+    name: str,
+    model: nn.Module,
+    shape: Shape,
+    rows: list[Example],
+    scaling: LossScale | None = None,
+) -> tuple[Step, Tuned | None, LossOf]:
+    dropout = clockwork.DROPOUT if name in ("ours", "ours-int8") else 0.0
     config = LoraConfig(r=RANK, alpha=ALPHA, dropout=dropout, targets=list(shape.targets))
     attach(model, config, generator=torch.Generator().manual_seed(0))
     use_flat_attention(model)
     tuned = None if name == "ours-plain" else tune(model)
-    head = None if tuned is None else tuned.head_of(model)
     training_mode(model, True)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     device = place_of(model)
@@ -102,6 +133,7 @@ def ours(
 
     def loss_of(examples: Any, factor: float) -> tuple[Tensor, int]:
         ids, batch, places, targets = flatten(examples, device)
+        head = None if tuned is None else tuned.head_of(model)
         loss = flat_loss(model, ids, batch, places, targets, head=head, factor=factor)
         return loss, len(targets)
 
@@ -111,7 +143,7 @@ def ours(
             scaling=scaling,
         ).loss  # fmt: skip
 
-    return step, "" if tuned is None else tuned.note
+    return step, tuned, loss_of
 
 
 def theirs(name: str, model: nn.Module, shape: Shape, rows: list[Example]) -> tuple[Step, str]:
@@ -167,6 +199,23 @@ def best_rate(
             began = clock()
             run_product()
             best = max(best, 2 * tokens * out * width / (clock() - began))
+    return best
+
+
+def best_int8_rate(
+    out: int, width: int, tokens: int, clock: Callable[[], float], seconds: float = 1.0
+) -> float:
+    """The same of int8 codes with int32 sums, without what makes codes of numbers."""
+    tokens = min(tokens, max(128, 400_000_000 // (2 * out)))
+    x = torch.randint(-127, 128, (tokens, width), dtype=torch.int8)
+    w = torch.randint(-127, 128, (out, width), dtype=torch.int8)
+    y = torch.empty(tokens, out, dtype=torch.int32)
+    best, rounds, until = 0.0, 0, clock() + seconds
+    while rounds < 3 or clock() < until:
+        rounds += 1
+        began = clock()
+        torch._int_mm(x, w.T, out=y)
+        best = max(best, 2 * tokens * out * width / (clock() - began))
     return best
 
 

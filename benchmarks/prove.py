@@ -22,6 +22,7 @@ PROOFS = {
     "merge_memory": "a 6 GB merge in bounded memory, at the speed of a copy",
     "memory": "the planned memory of a run against its peak",
     "quantized_quality": "NF4 and int8 storage against 16 bits, stories260K on gsm8k",
+    "int8_quality": "LoRA with int8 products against bf16, stories260K on gsm8k and wikisql",
     "gpu_compile": "every Triton kernel compiles for GPUs that are not here",
     "gguf_converter": "GGUF files equal the official converter's, tensor for tensor, key for key",
     "export_speed": "a 6 GB export as f16 in bounded memory, at the speed of a copy",

@@ -26,12 +26,16 @@ from benchmarks import record
 from benchmarks.shapes import SHAPES
 
 ROOT = Path(__file__).parent.parent
-CONTESTANTS = ("ours", "ours-dry", "ours-plain", "peft", "peft-dry", "peft-tuned", "peft-fp32")
+CONTESTANTS = (
+    "ours", "ours-dry", "ours-plain", "ours-int8", "peft", "peft-dry", "peft-tuned", "peft-fp32",
+)  # fmt: skip
 DROPOUT = 0.05
+FLOORS = ("floor", "floor-int8")
 DESCRIPTIONS = {
     "ours": f"tsugiki, bf16, dropout {DROPOUT}",
     "ours-dry": "tsugiki, bf16, dropout 0",
     "ours-plain": "tsugiki without replaced modules, bf16, dropout 0",
+    "ours-int8": f"tsugiki --compute int8, dropout {DROPOUT}",
     "peft": f"PEFT as a user gets it: bf16 base, fp32 adapters, dropout {DROPOUT}",
     "peft-dry": "the same with dropout 0",
     "peft-tuned": "PEFT tuned: bf16 adapters, dropout 0, pages kept, layers compiled",
@@ -45,7 +49,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
-    parser.add_argument("--against", default="peft,peft-tuned,floor", help="peers, by commas")
+    parser.add_argument(
+        "--against", default="ours-int8,peft,peft-tuned,floor", help="peers, by commas"
+    )
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--vocab", type=int, help="a smaller vocabulary")
     parser.add_argument("--rows", type=int, default=2)
@@ -108,7 +114,7 @@ def compare(options: argparse.Namespace) -> int:
     report["gates"] = gates
     beaten = [
         name for name, row in report["rows"].items()
-        if name not in ("floor", "peft-fp32") and min(row["all"]) < report["rows"]["floor"]["step"]
+        if name not in FLOORS and min(row["all"]) < report["rows"][floor_of(name)]["step"]
     ]  # fmt: skip
     if quiet:
         print(json.dumps(report, indent=1))
@@ -194,8 +200,21 @@ def summarise(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace
     ratios["dropout/dry"] = rows["ours"]["step"] / rows["ours-dry"]["step"]
     if "peft" in rows:
         ratios["rss ours/peft"] = rows["ours"]["peak_rss"] / rows["peft"]["peak_rss"]
+    if "ours-int8" in rows:
+        ratios["ours-int8/ours"] = rows["ours-int8"]["step"] / rows["ours"]["step"]
+        best = max(max(result["int8_rates"].values()) for result in runs["ours-int8"])
+        rows["floor-int8"] = {
+            "what": f"4·N·T over {best / 1e9:.0f} GOP/s of int8 codes",
+            "step": flops / best,
+            "tokens_per_second": tokens * best / flops,
+        }
     return {"shape": options.shape, "layers": options.layers, "vocab": options.vocab,
             "tokens": tokens, "clock": options.clock, "rows": rows, "ratios": ratios}  # fmt: skip
+
+
+def floor_of(name: str) -> str:
+    """Which floor a contestant cannot beat; fp32 is far above either."""
+    return "floor-int8" if name == "ours-int8" else "floor"
 
 
 def _cells(size: str) -> int:
@@ -209,7 +228,10 @@ def table(report: dict[str, Any]) -> str:
         f"{'':12s} {'step':>8s} {'spread':>7s} {'tokens/s':>9s} {'peak RSS':>9s} {'faults':>9s}"
     ]
     for name, row in report["rows"].items():
-        if name == "floor":
+        if name == "floor-int8":
+            lines.append(f"{name:12s} {row['step']:7.2f}s {'':7s} {row['tokens_per_second']:9.0f}"
+                         f"   {row['what']}")  # fmt: skip
+        elif name == "floor":
             lines.append(f"{name:12s} {row['step']:7.2f}s {'':7s} {row['tokens_per_second']:9.0f}"
                          f"   {row['what']}; sum of parts {row['sum_of_parts']:.2f}s;"
                          f" full FLOPs {row['full_flops_share']:.2f}×")  # fmt: skip

@@ -119,9 +119,12 @@ def test_the_verb(tmp_path: Path) -> None:
     decided = lines[0]["decisions"]
     assert (decided["threads"], decided["dtype"]) == (1, "float32")
     assert "hidden size" in decided["reasons"]["dtype"]
+    assert lines[0]["int8"]["used"] is False
+    assert "hidden size" in lines[0]["int8"]["reason"]
     assert lines[0]["machine"]["total"] > 1 << 28
     text = say()
     assert "hidden size" in text
+    assert "--compute int8" in text
     assert "What would make it faster" in text
 
 

@@ -143,7 +143,7 @@ def test_bad_input_is_one_clear_error_and_nothing_is_written(
     with pytest.raises(RunError, match="exists already"):
         quantise_file(source, tmp_path / "wide.gguf", "bf16", threads=1)
     monkeypatch.setattr("tsugiki.files.free_bytes", lambda _: 1000)
-    refused("q8_0", "(?s)too little disk space.*1000 B free.*needed", DiskError)
+    refused("q8_0", "(?s)too little disk space.*1.0 KB free.*needed", DiskError)
     monkeypatch.undo()
     for extra, words in (
         ({"llama.expert_count": 8}, "mixture of experts"),

@@ -151,6 +151,60 @@ JA_HELD = {
               "{day}の{hour}に{room}が空いているか、{who}さんに教えて。"],
 }  # fmt: skip
 
+# Requests put together from parts, so that what says the verb and the order of the rest vary apart.
+# Orders and verbs of the held-out phrasings are not among them.
+ENDS = ["for {who} on {day} at {hour}", "for {who} at {hour} on {day}", "at {hour} on {day} for {who}",
+        "at {hour} for {who} on {day}"]  # fmt: skip
+WHENS = ["on {day} at {hour}", "{day} at {hour}", "on {day}, {hour}"]
+ORDERS = {
+    "book": ["Book {room}", "Reserve {room}", "Please get {room}", "Could you reserve {room}"],
+    "cancel": ["Cancel {room}", "Drop {room}", "Please free {room}", "Could you cancel {room}"],
+    "check": ["Check {room}", "Is {room} open", "Please see if {room} is free", "Could you look if {room} is taken"],
+}  # fmt: skip
+SUBJECTS = {
+    "book": ["{who} needs {room}", "{who} would like {room}", "{who} would like to use {room}", "{who} hopes to get {room}",
+             "{who} wants {room}"],
+    "cancel": ["{who} no longer needs {room}", "{who} does not want {room}", "{who} does not require {room}",
+               "{who} will not need {room}", "{who} has no need of {room}"],
+    "check": ["{who} asks if {room} is free", "{who} would like to know if {room} is taken", "{who} wants to know: is {room} open",
+              "Tell {who} whether {room} is available", "{who} asks whether {room} is booked"],
+}  # fmt: skip
+TWO = {
+    "book": ["I would like to have {room} {when}. It is for {who}.", "We need {room} {when}. {who} will come."],
+    "cancel": ["{room} is not needed {when}. It was for {who}.", "Free {room} {when}. {who} is away."],
+    "check": ["Is {room} booked {when}? {who} would like to know.", "Is {room} open {when}? {who} asks.",
+              "Can I have {room} {when}? My name is {who}.", "Is {room} taken {when}? It is for {who}."],
+}  # fmt: skip
+WHENS_JA = ["{day}{hour}", "{day}の{hour}"]
+TOPICS_JA = {
+    "book": ["{room}を{when}に{who}さんの名前で取って。", "{room}を{when}、{who}さんで押さえてください。",
+             "{when}の{room}を{who}さんで予約します。", "{who}さんが{room}を{when}に予約したいそうです。",
+             "{when}に{who}さんで{room}を取りたいです。", "{room}は{when}に{who}さんが使います。"],
+    "cancel": ["{room}を{when}に使う{who}さんの予約をやめて。", "{room}は{when}、{who}さんには不要になりました。",
+               "{when}の{room}を{who}さんは使いません。", "{who}さんが{room}の{when}を取り消したいそうです。",
+               "{when}の{who}さんの{room}はもういりません。", "{who}です。{when}の{room}はいりません。",
+               "{who}ですが、{when}の{room}をキャンセルします。", "{room}の{when}をキャンセルしたいです。{who}です。"],
+    "check": ["{room}を{when}に{who}さんが使えるか見て。", "{room}は{when}、{who}さんに使えるでしょうか。",
+              "{when}の{room}が空きかを{who}さんが聞いています。", "{who}さんが{room}の{when}の空きを知りたいそうです。",
+              "{when}に{who}さんは{room}を使えますか。", "{room}は{when}に{who}さんで取れますか。"],
+}  # fmt: skip
+
+
+def phrasing(rng: random.Random, verb: str, japanese: bool) -> str:
+    """A way to ask: one of the fixed ones, or put together."""
+    if rng.random() < 0.5:
+        return rng.choice((JA if japanese else EN)[verb])
+    if japanese:
+        return rng.choice(TOPICS_JA[verb]).replace("{when}", rng.choice(WHENS_JA))
+    end = "?" if verb == "check" else "."
+    form = rng.random()
+    if form < 0.4:
+        return f"{rng.choice(ORDERS[verb])} {rng.choice(ENDS)}{end}"
+    if form < 0.7:
+        return rng.choice(TWO[verb]).replace("{when}", rng.choice(WHENS))
+    return f"{rng.choice(SUBJECTS[verb])} {rng.choice(WHENS)}{end}"
+
+
 Slots = tuple[str, str, str, int]
 
 
@@ -172,14 +226,13 @@ def rows(
     made: list[dict[str, object]] = []
     while len(made) < count:
         japanese = len(made) % 2 == 1
-        texts = (JA_HELD if held else JA) if japanese else (EN_HELD if held else EN)
         if new:
             rooms, people = (
                 (NEW_ROOMS_JA, NEW_PEOPLE_JA) if japanese else (NEW_ROOMS_EN, NEW_PEOPLE_EN)
             )
         else:
             rooms, people = (ROOMS_JA, PEOPLE_JA) if japanese else (ROOMS_EN, PEOPLE_EN)
-        verb = rng.choice(sorted(texts))
+        verb = rng.choice(sorted(EN))
         room, who, hour = rng.choice(rooms), rng.choice(people), rng.choice(HOURS)
         code, english, kanji = rng.choice(DAYS)
         slots = (room, who, code, hour)
@@ -187,9 +240,9 @@ def rows(
             continue
         taken.add(slots)
         day = (kanji + rng.choice(["", "日"])) if japanese else english
-        ask = rng.choice(texts[verb]).format(
-            room=room, who=who, day=day, hour=say_hour(rng, hour, japanese)
-        )
+        known = phrasing(rng, verb, japanese)
+        text = rng.choice((JA_HELD if japanese else EN_HELD)[verb]) if held else known
+        ask = text.format(room=room, who=who, day=day, hour=say_hour(rng, hour, japanese))
         answer = f"{verb} | {room} | {who} | {code} | {hour}"
         made.append(
             {
@@ -207,7 +260,7 @@ def make() -> dict[str, str]:
     rng = random.Random("booking desk")
     taken: set[Slots] = set()
     parts = {
-        "train.jsonl": rows(rng, 1400, held=False, new=False, taken=taken),
+        "train.jsonl": rows(rng, 2000, held=False, new=False, taken=taken),
         "heldout.jsonl": rows(rng, 240, held=True, new=False, taken=taken),
         "heldout_new_words.jsonl": rows(rng, 160, held=True, new=True, taken=taken),
     }

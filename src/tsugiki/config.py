@@ -23,6 +23,7 @@ TrainOn = Literal["assistant", "last", "everything"]
 Long = Literal["skip", "window", "split"]
 Method = Literal["lora", "full"]
 Scheduler = Literal["cosine", "linear", "constant"]
+Compute = Literal["bf16", "int8"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["none", "nf4", "int8"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
@@ -57,6 +58,12 @@ class ModelConfig(Section):
         "--trust-remote-code", "allow a model folder to run its own Python code", False
     )
     device: str = option("--device", "auto, cpu, cuda, cuda:N or mps", "auto")
+    compute: Compute = option(
+        "--compute",
+        "products of the frozen base in a step: bf16 (that is, in --dtype) or int8 (CPU; faster, "
+        "used only where its gradients are proven on your rows)",
+        "bf16",
+    )
     dtype: DType = option("--dtype", "compute type; auto takes a short timing probe", "auto")
     quantize: Quantize = option(
         "--quantize",

@@ -1,4 +1,4 @@
-"""Decides once, with the reason, which device, compute type and threads a run uses.
+"""Decides once, with the reason, which device, compute types and threads a run uses.
 
 A timing probe may choose otherwise on another day, so a run keeps its `Decisions` in
 `decisions.json` and replays them on resume. Knows nothing of models beyond their hidden size.
@@ -10,6 +10,7 @@ import ctypes
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Decisions:
     dtype: str
     threads: int
     reasons: dict[str, str] = field(default_factory=dict)
+    compute: str = "bf16"  # of the frozen products: in dtype, or int8
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -70,14 +72,16 @@ def decide(
     *,
     hidden_size: int,
     stored_dtype: str | None = None,
+    compute: str = "bf16",
 ) -> Decisions:
-    """Choose device, dtype and threads.
+    """Choose device, dtype, threads and the type of the frozen products.
 
     Args:
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: auto, float32, bfloat16 or float16.
         hidden_size: of the base; narrow models stay in fp32.
         stored_dtype: type of the checkpoint, for the reason only.
+        compute: bf16 (that is, in dtype) or int8, which is taken only where it is faster.
 
     Raises:
         UsageError: a device that is not there.
@@ -89,12 +93,10 @@ def decide(
         kind, why_dtype = dtype, "asked for with --dtype"
     else:
         kind, why_dtype = _dtype(chosen, hidden_size, stored_dtype)
-    return Decisions(
-        chosen,
-        kind,
-        threads,
-        {"device": why_device, "dtype": why_dtype, "threads": f"{threads} usable cores"},
-    )
+    reasons = {"device": why_device, "dtype": why_dtype, "threads": f"{threads} usable cores"}
+    if compute == "int8":
+        compute, reasons["compute"] = choose_compute(chosen, kind, hidden_size)
+    return Decisions(chosen, kind, threads, reasons, compute)
 
 
 def keep_pages() -> bool:
@@ -180,20 +182,49 @@ def _dtype(device: str, hidden_size: int, stored: str | None) -> tuple[str, str]
     return "float32", f"bf16 is not faster here (probe: {ratio:.1f}×){suffix}"
 
 
+def choose_compute(device: str, dtype: str, hidden_size: int) -> tuple[str, str]:
+    """int8 or bf16 (that is, in dtype) where int8 is asked for, and why."""
+    own = f"products stay in {dtype}"
+    if device != "cpu":
+        return "bf16", f"int8 products are written for CPUs; {own}"
+    if hidden_size < NARROW:
+        return "bf16", f"hidden size {hidden_size} < {NARROW}: int8 would not be faster; {own}"
+    try:
+        ratio = int8_speedup(hidden_size, getattr(torch, dtype))
+    except (RuntimeError, AttributeError) as error:
+        return "bf16", f"this torch has no int8 product ({str(error).splitlines()[0]}); {own}"
+    if ratio >= WORTHWHILE:
+        return "int8", f"a probe ran {ratio:.1f}× faster in int8 than in {dtype}"
+    return "bf16", f"int8 is not faster here (probe: {ratio:.1f}×); {own}"
+
+
 def bf16_speedup(device: str, width: int) -> float:
     """How many times faster a (256, width)·(width, 2·width) product is in bf16 than in fp32."""
+    x, w = torch.randn(256, width, device=device), torch.randn(2 * width, width, device=device)
 
     def best(dtype: torch.dtype) -> float:
-        x = torch.randn(256, width, device=device).to(dtype)
-        w = torch.randn(2 * width, width, device=device).to(dtype)
-        out = x @ w.T
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            torch.matmul(x, w.T, out=out)
-            if device == "mps":
-                torch.mps.synchronize()
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
+        left, right = x.to(dtype), w.to(dtype).T
+        return _best_seconds(lambda out: torch.matmul(left, right, out=out), left @ right)
 
     return best(torch.float32) / best(torch.bfloat16)
+
+
+def int8_speedup(width: int, dtype: torch.dtype) -> float:
+    """How many times faster such a product of int8 codes is on this CPU than in a type."""
+    codes = torch.randint(-127, 128, (256, width), dtype=torch.int8)
+    weight = torch.randint(-127, 128, (2 * width, width), dtype=torch.int8).T
+    left, right = codes.to(dtype), weight.to(dtype)
+    product = torch._int_mm(codes, weight)
+    plain = _best_seconds(lambda out: torch.matmul(left, right, out=out), left @ right)
+    return plain / _best_seconds(lambda out: torch._int_mm(codes, weight, out=out), product)
+
+
+def _best_seconds(run: Callable[[torch.Tensor], object], out: torch.Tensor) -> float:
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run(out)
+        if out.device.type == "mps":
+            torch.mps.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

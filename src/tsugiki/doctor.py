@@ -80,7 +80,7 @@ def doctor(
     from rich.table import Table
     from rich.text import Text
 
-    from tsugiki.device import decide
+    from tsugiki.device import choose_compute, decide
     from tsugiki.kernels.backend import describe
 
     terminal = Terminal(as_json=as_json)
@@ -93,6 +93,7 @@ def doctor(
         width, stored, name = spec.hidden_size, stored_dtype(spec.config), model
     decisions = decide(device, hidden_size=width, stored_dtype=stored)
     decisions.apply()
+    compute, why = choose_compute(decisions.device, decisions.dtype, width)
     machine = look()
     kernels = describe(_torch_device(decisions.device), decisions.torch_dtype)
     advice = list(advise(machine, decisions.device, decisions.dtype))
@@ -103,11 +104,13 @@ def doctor(
     for part in ("device", "dtype", "threads"):
         reason = decisions.reasons.get(part, "")
         table.add_row(part, str(getattr(decisions, part)), reason)
+    table.add_row("--compute int8", "would be used" if compute == "int8" else "not used", why)
     table.add_row("kernels", kernels, "")
     terminal.heading(f"This machine, for {name}")
     terminal.say(
         "machine", table,
         machine=asdict(machine), decisions=decisions.to_json(), kernels=kernels, width=width,
+        int8={"used": compute == "int8", "reason": why},
     )  # fmt: skip
     terminal.heading("What would make it faster")
     if not advice:

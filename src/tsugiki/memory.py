@@ -23,6 +23,12 @@ LATE_BYTES = 150 << 20
 TORN = 1.12
 MASTER = 16  # fp32 weight, gradient and AdamW's two moments of one trained parameter
 EVAL_TOKENS = 4096  # of one forward pass of an evaluation (training/objective.py)
+# The proof of int8 gradients computes micro-batches in fp32, which is slow. PROOF_WORK: products of
+# a weight and a token of one at most; four at 2^39, both ways, take about 50 s on two cores. In a
+# sum over fewer tokens what rounding leaves is a larger share, hence PROOF_TOKENS in any case.
+PROOF_WORK = 1 << 39
+PROOF_TOKENS = 1024
+INT8_SCRATCH = 64 << 20  # int32 products of 32 MB, codes, blocks (kernels/int8.py)
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,18 @@ def workspace_bytes(shape: Shape, quantize: str, width: int) -> int:
     return tile + (12 * nf4.CHUNK + largest // nf4.BLOCK * 4 if quantize == "nf4" else 0)
 
 
+def int8_bytes(shape: Shape, quantize: str) -> int:
+    """Codes of --compute int8 beyond the stored weights; projections in int8 give their own."""
+    head = shape.vocab * (shape.hidden + 4)
+    rest = sum(4 * out + (0 if quantize == "int8" else out * n) for out, n in shape.projections)
+    return head + rest + INT8_SCRATCH
+
+
+def proof_tokens(parameters: int) -> int:
+    """Most tokens of a micro-batch whose gradient is computed in fp32; a row at least."""
+    return max(PROOF_TOKENS, PROOF_WORK // parameters)
+
+
 def layer_bytes(shape: Shape, config: RunConfig, batch: Pass, width: int) -> int:
     """What one layer keeps for the backward pass."""
     ranks = config.lora.r * 7
@@ -154,7 +172,7 @@ def head_bytes(shape: Shape, batch: Pass, width: int) -> int:
 
 def predict(
     spec: ModelSpec, config: RunConfig, batch: Pass, held_out_tokens: int, width: int,
-    trainable: int, *, resident: int | None = None,
+    trainable: int, *, resident: int | None = None, int8: bool = False,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes by part at the peak of a run.
 
@@ -164,32 +182,46 @@ def predict(
         width: bytes of an element of the compute type.
         trainable: parameters that will be trained.
         resident: what the process holds before weights are loaded; asked of the system when None.
+        int8: frozen products are int8, and proven against fp32.
     """
     shape = shape_of(spec)
     if resident is None:
         resident = int(psutil.Process().memory_info().rss)
     full = config.train.method == "full"
     quantize = config.model.quantize
-    one = layer_bytes(shape, config, batch, width)
-    head = head_bytes(shape, batch, width)
-    if full:  # plain modules and whole logits
-        wide = 12 * shape.hidden + 6 * shape.key + 3 * shape.wide
-        one = batch.tokens * (width * wide + 16 * shape.hidden)
-        head = batch.labelled * shape.vocab * 4 * width
-    kept = one * shape.layers
-    if config.train.gradient_checkpointing == "always":
-        kept = batch.tokens * shape.hidden * width * shape.layers + one
-    step = kept + max(head, batch.tokens * width * (3 * shape.inner + 4 * shape.hidden))
+    kept, step = step_bytes(shape, config, batch, width)
     few = min(EVAL_TOKENS, held_out_tokens)
     looking = few * width * (3 * shape.inner + 6 * shape.hidden) + head_bytes(
         shape, Pass(few, batch.longest, few), width
     )
     proving = 0 if full else shape.block * 4 * width  # two copies and one of twice the width
     weights = weight_bytes(shape, quantize, width)
+    codes = {}
+    if int8:
+        codes = {"int8 codes": int8_bytes(shape, quantize)}
+        tokens = min(batch.tokens, max(batch.longest, proof_tokens(spec.parameters)))
+        wide = Pass(tokens, batch.longest, min(batch.labelled, tokens))
+        # gradients in fp32 of both, and B as it was
+        proving = max(proving, step_bytes(shape, config, wide, 4)[1] + 12 * trainable)
     return {
         "process": resident + LATE_BYTES,
         "weights": weights + workspace_bytes(shape, quantize, width),
+        **codes,
         "trained": trainable * (MASTER - 4 if full else MASTER + width // 2),
         "activations": int(kept * TORN),
         "passing": int((max(step, looking, proving) - kept) * TORN),
     }
+
+
+def step_bytes(shape: Shape, config: RunConfig, batch: Pass, width: int) -> tuple[int, int]:
+    """What all layers keep for the backward pass, and that with what passes by at the peak."""
+    one = layer_bytes(shape, config, batch, width)
+    head = head_bytes(shape, batch, width)
+    if config.train.method == "full":  # plain modules and whole logits
+        wide = 12 * shape.hidden + 6 * shape.key + 3 * shape.wide
+        one = batch.tokens * (width * wide + 16 * shape.hidden)
+        head = batch.labelled * shape.vocab * 4 * width
+    kept = one * shape.layers
+    if config.train.gradient_checkpointing == "always":
+        kept = batch.tokens * shape.hidden * width * shape.layers + one
+    return kept, kept + max(head, batch.tokens * width * (3 * shape.inner + 4 * shape.hidden))

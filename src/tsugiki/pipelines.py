@@ -6,6 +6,7 @@ a user wants to read between them; each stage's work is in its own room.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,10 +142,20 @@ def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) 
     check_context(config.data.max_length, spec)
     tokenizer = load_tokenizer(resolved, trust_remote_code=config.model.trust_remote_code)
     chat = ChatFormat.of(tokenizer, config.data.template)
+    asked = config.model
+    if asked.compute == "int8" and config.train.method == "full":
+        raise UsageError("--compute int8 is for a frozen base", fix="--method lora")
     if resume is not None and (resume / "decisions.json").exists():
         decisions = Decisions.from_json(read_json(resume / "decisions.json"))
+        if asked.compute == "bf16":  # the way out of a run whose int8 gradients were refused
+            decisions = dataclasses.replace(decisions, compute="bf16")
     else:
-        decisions = decide(config.model.device, config.model.dtype, hidden_size=spec.hidden_size)
+        decisions = decide(
+            asked.device, asked.dtype, hidden_size=spec.hidden_size, compute=asked.compute
+        )
+    if asked.compute != decisions.compute:
+        why = decisions.reasons.get("compute", "a run keeps the products that it began with")
+        terminal.warn(f"--compute {asked.compute}: {why}")
     decisions.apply()
     rows, prepared = prepare_rows(config, chat, spec.context)
     show_rows(rows, prepared, tokenizer, terminal)
@@ -311,6 +322,8 @@ def show_plan(session: Session, terminal: Terminal) -> None:
     for name in ("device", "dtype", "threads"):
         reason = session.decisions.reasons.get(name, "")
         table.add_row(name, str(getattr(session.decisions, name)), reason)
+    if session.decisions.compute == "int8":
+        table.add_row("compute", "int8", session.decisions.reasons.get("compute", ""))
     for name, value in values.items():
         if value is not None and name != "train.sample_prompt":
             table.add_row(name.split(".")[1], str(value), plan.reasons.get(name, ""))

@@ -249,7 +249,8 @@ def predict_memory(
     batch = Pass(tokens, facts.longest, labelled)
     held_out = facts.held_out * facts.longest
     resident = CUDA_BYTES if decisions.device.startswith("cuda") else None
-    return predict(spec, config, batch, held_out, width, trainable, resident=resident)
+    int8 = decisions.compute == "int8" and config.train.method == "lora"
+    return predict(spec, config, batch, held_out, width, trainable, resident=resident, int8=int8)
 
 
 def projection_bytes(spec: ModelSpec, quantize: str, decisions: Decisions) -> tuple[int, int]:

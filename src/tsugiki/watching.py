@@ -19,6 +19,7 @@ from tsugiki.training.events import (
     Finished,
     Logged,
     Noted,
+    Proven,
     Resumed,
     Sampled,
     Saved,
@@ -56,6 +57,8 @@ def tell(events: Iterator[Event], terminal: Terminal, folder: Path) -> TrainResu
                     terminal.say("note", Text(event.text, style="dim"), text=event.text)
                 case Advice():
                     terminal.warn(event.text, advice=True)
+                case Proven():
+                    _proven(event, terminal)
                 case Resumed():
                     text = f"going on from step {event.step}"
                     terminal.say("resumed", Text(text, style="green"), **asdict(event))
@@ -87,6 +90,17 @@ def _logged(event: Logged, held_out: float | None, terminal: Terminal) -> None:
         table = Table("tensor", "gradient norm", box=None, pad_edge=False)
         for name, norm in event.grad_norms.items():
             table.add_row(name, f"{norm:.3e}")
+        terminal.console.print(table)
+
+
+def _proven(event: Proven, terminal: Terminal) -> None:
+    verdict = "accepted" if event.taken else f"refused ({len(event.missed)} bounds missed)"
+    text = f"step {event.step}: {event.what}: {verdict}; {event.note}"
+    terminal.say("proven", Text(text, style="green" if event.taken else "yellow"), **asdict(event))
+    if event.taken and not terminal.as_json:
+        table = Table("gradient of", "cosine", "norm", box=None, pad_edge=False)
+        for name, (cosine, ratio) in sorted(event.tensors.items(), key=lambda item: item[1]):
+            table.add_row(name, f"{cosine:.5f}", f"{ratio:.3f}")
         terminal.console.print(table)
 
 

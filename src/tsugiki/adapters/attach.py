@@ -17,6 +17,7 @@ from tsugiki.adapters.lora import LoraLinear
 from tsugiki.adapters.targets import Target, resolve_targets
 from tsugiki.config import LoraConfig
 from tsugiki.errors import AdapterError
+from tsugiki.models.int8 import use_own_products
 from tsugiki.models.tune import untune
 
 
@@ -117,6 +118,7 @@ def detach(model: nn.Module) -> list[str]:
         _set(model, path, module.base)
         for parameter in module.thawed:
             parameter.requires_grad_(True)
+    use_own_products(model)
     untune(model)
     return [path for path, _ in found]
 

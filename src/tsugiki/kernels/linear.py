@@ -7,7 +7,7 @@ input and S = X·Aᵀ; for rows with different adapters each segment gets its ow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +20,8 @@ from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.kernels.dropout import draw_seed
 from tsugiki.kernels.lowrank import add_product, grad_of_a, pair_gradients, shrink
 
+WIDE = 1 << 24  # weights widened at a time: 64 MB
+
 
 class FrozenWeight(Protocol):
     """A weight that is not trained, however it is stored. `shape` is (out, in)."""
@@ -28,6 +30,8 @@ class FrozenWeight(Protocol):
     def shape(self) -> tuple[int, int]: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def bias(self) -> Tensor | None: ...
     def matmul(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out), the bias included."""
         ...
@@ -82,6 +86,56 @@ class DenseWeight:
     def dense(self) -> Tensor:
         """The (out, in) matrix, a view."""
         return self.weight.T if self.transposed else self.weight
+
+
+@dataclass(frozen=True)
+class WideWeight:
+    """Another weight's numbers multiplied in fp32, widened by row blocks: slow, for comparisons."""
+
+    source: FrozenWeight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)"""
+        return self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return self.source.nbytes
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out,)"""
+        return self.source.bias
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x (…, in) → (…, out), the bias included."""
+        y = [F.linear(x.float(), part.float()) for part in self._parts()]
+        out = y[0] if len(y) == 1 else torch.cat(y, dim=-1)
+        return out if self.bias is None else out.add_(self.bias.float())
+
+    def matmul_t(self, g: Tensor, onto: Tensor | None = None) -> Tensor:
+        """g (…, out) → (…, in); added to `onto` in place where given."""
+        parts = list(self._parts())
+        pieces = torch.split(g.float(), [len(part) for part in parts], dim=-1)
+        out = pieces[0] @ parts[0].float() if onto is None else onto
+        flat = out.view(-1, out.shape[-1])
+        for piece, part in list(zip(pieces, parts, strict=True))[onto is None :]:
+            flat.addmm_(piece.reshape(-1, piece.shape[-1]), part.float())
+        return out
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows (n, in) of the (out, in) matrix."""
+        return self.source.rows(index).float()
+
+    def dense(self) -> Tensor:
+        """The (out, in) matrix."""
+        return self.source.dense().float()
+
+    def _parts(self) -> Iterator[Tensor]:
+        matrix = self.source.dense()
+        return iter(torch.split(matrix, max(1, WIDE // matrix.shape[1])))
 
 
 @dataclass(frozen=True)

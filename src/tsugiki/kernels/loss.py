@@ -76,9 +76,13 @@ class _Chunked(torch.autograd.Function):
         for begin in range(0, rows, size):
             part = slice(begin, min(begin + size, rows))
             logits = head.weight.matmul(hidden[part])
-            total += _softmax(logits, targets[part], head, factor, needs)
+            loss, own = _softmax(logits, targets[part], head, factor, needs)
+            total += loss
             if grad is not None:
-                grad[part] = head.weight.matmul_t(logits)
+                rest = head.weight.matmul_t(logits)
+                if own is not None:
+                    rest = rest.to(wide).addcmul_(head.weight.rows(targets[part]).to(wide), own)
+                grad[part] = rest
             del logits  # or two chunks would be held while the next one is computed
         if grad is not None:
             ctx.save_for_backward(grad)
@@ -91,34 +95,44 @@ class _Chunked(torch.autograd.Function):
         return (grad.to(grads[0].dtype) * grads[0]).to(grad.dtype), None, None, None, None
 
 
-def _softmax(logits: Tensor, targets: Tensor, head: Head, factor: float, needs: bool) -> Tensor:
-    """Sum of −log p(target); with `needs`, logits (n, V) become factor · d loss / d (W·h)."""
+def _softmax(
+    logits: Tensor, targets: Tensor, head: Head, factor: float, needs: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of −log p(target), and what is missing of the gradient.
+
+    With `needs`, logits (n, V) become factor · d loss / d (W·h); where the targets' entries (n, 1)
+    are given apart, they are zero in it.
+    """
     if triton_runs(logits, "loss"):
         from tsugiki.kernels.gpu.loss import softmax_rows
 
-        return softmax_rows(logits, targets, head.scale, head.softcap, factor, needs).sum()
+        return softmax_rows(logits, targets, head.scale, head.softcap, factor, needs).sum(), None
     wide = torch.promote_types(logits.dtype, torch.float32)
     total = torch.zeros((), dtype=wide, device=logits.device)
+    own = logits.new_empty(len(targets), 1, dtype=wide) if needs else None
     few = max(1, (CACHED if logits.device.type == "cpu" else GPU_CHUNK // 4) // logits.shape[1])
     for at in range(0, logits.shape[0], few):
         block = logits[at : at + few].to(wide, copy=True)
-        total += _softmax_block(block, targets[at : at + few], head, needs)
+        entry = None if own is None else own[at : at + few]
+        total += _softmax_block(block, targets[at : at + few], head, entry)
         if needs:
             logits[at : at + few] = block.mul_(factor)
-    return total
+    return total, None if own is None else own.mul_(factor)
 
 
-def _softmax_block(x: Tensor, targets: Tensor, head: Head, needs: bool) -> Tensor:
-    """Sum of −log p(target); with `needs`, x (n, V) becomes d loss / d (W·h) in place.
+def _softmax_block(x: Tensor, targets: Tensor, head: Head, own: Tensor | None) -> Tensor:
+    """Sum of −log p(target); with `own`, x (n, V) becomes d loss / d (W·h) in place.
 
-    Wide, because of the target's entry p − 1: rounded before the subtraction, p near one loses it.
+    The target's entry goes to `own` (n, 1) and is zero in x: it outweighs all others together, and
+    would leave them no digits in a narrow type. Wide, because it is p − 1: rounded before the
+    subtraction, p near one loses it.
     """
     if head.scale != 1.0:
         x.mul_(head.scale)
     slope = None
     if head.softcap is not None:
         x.div_(head.softcap).tanh_()
-        if needs:
+        if own is not None:
             slope = 1 - x.square()  # d softcap·tanh(x / softcap) / dx
         x.mul_(head.softcap)
     index = targets[:, None]
@@ -127,10 +141,12 @@ def _softmax_block(x: Tensor, targets: Tensor, head: Head, needs: bool) -> Tenso
     # one pass over the row; its largest probability is 1 / sum of exp(x - best)
     torch.ops.aten._softmax.out(x, -1, False, out=x)
     loss = -(x.amax(dim=-1, keepdim=True).log() + picked).sum()
-    if needs:
+    if own is not None:
         x.scatter_add_(1, index, torch.full_like(picked, -1.0))
         if slope is not None:
             x.mul_(slope)
         if head.scale != 1.0:
             x.mul_(head.scale)
+        own.copy_(x.gather(1, index))
+        x.scatter_(1, index, 0.0)
     return loss

@@ -25,11 +25,13 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tsugiki.errors import ModelError
+from tsugiki.files import human_bytes
 from tsugiki.kernels.backend import describe
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.models.fingerprint import Fingerprint, fingerprint_folder, weight_files
 from tsugiki.models.flat import flat_forward, solo_forward, use_flat_attention, use_own_attention
 from tsugiki.models.hub import ResolvedModel, resolve_model
+from tsugiki.models.int8 import Int8Products
 from tsugiki.models.isolation import probe_isolation
 from tsugiki.models.quantized import quantize_modules
 from tsugiki.models.quantized_load import load_quantized
@@ -51,6 +53,7 @@ class Base:
 
     flat: documents may lie end to end; else each runs alone with the model's own attention.
     tuned: which modules were replaced by proven faster ones (`make_fast`).
+    int8: the products of its frozen projections in int8, where they are in use (`use_int8`).
     quantize: how its projections are kept: none (as they are), nf4 or int8.
     origin: the 16-bit base, where quantised weights were read from a folder of their own.
     """
@@ -64,6 +67,7 @@ class Base:
     flat: bool
     notes: list[str] = field(default_factory=list)
     tuned: Tuned | None = None
+    int8: Int8Products | None = None
     quantize: str = "none"
     origin: Origin | None = None
 
@@ -93,6 +97,13 @@ class Base:
             return self.tuned.note
         table = self.model.get_input_embeddings()  # type: ignore[operator]
         return f"{self.tuned.note}; {describe(self.device, table.weight.dtype)}"
+
+    def use_int8(self) -> str:
+        """Multiply in int8 while gradients are recorded, after `make_fast`; what was done."""
+        assert self.tuned is not None
+        self.int8 = Int8Products(self.model, self.tuned)
+        count, size = len(self.int8.weights), self.int8.nbytes
+        return f"int8 products: {count} frozen projections, {human_bytes(size)} of codes"
 
     def forward(self, ids: Tensor, batch: ForwardBatch, logits_at: Tensor | None = None) -> Tensor:
         """Logits (1, n, V) of sequences laid end to end; flat where the model allows it."""

@@ -1,17 +1,25 @@
 """One door to a model's projections, whatever class holds them: kind, shape and frozen weight.
 
-nn.Linear, GPT-2's Conv1D, and both quantised. Knows no adapters.
+nn.Linear, GPT-2's Conv1D, and both quantised. How a weight is stored and how it multiplies are two
+things: other products (int8, or fp32 for a comparison) may stand in while gradients are recorded,
+so that evaluation, samples and files always see the base as it is. Knows no adapters.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tsugiki.kernels.linear import DenseWeight, FrozenWeight
 from tsugiki.models.quantized import QuantizedLinear
+
+# Plain attribute of a module: neither a child nor a parameter, so that no name and no file changes.
+_PRODUCTS = "_tsugiki_products"
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,38 @@ def projection(module: nn.Module) -> Projection | None:
 
 
 def frozen_weight(module: nn.Module) -> FrozenWeight:
-    """The weight of a projection behind the protocol."""
+    """The weight of a projection behind the protocol, with the products that hold just now."""
+    other = module.__dict__.get(_PRODUCTS)
+    if other is None or not torch.is_grad_enabled():
+        return stored_weight(module)
+    weight: FrozenWeight = other
+    return weight
+
+
+def stored_weight(module: nn.Module) -> FrozenWeight:
+    """The same, multiplying as it is stored."""
     if isinstance(module, QuantizedLinear):
         return module.frozen
     assert isinstance(module, nn.Linear | Conv1D)
     return DenseWeight(module.weight, module.bias, transposed=isinstance(module, Conv1D))
+
+
+def multiply_with(module: nn.Module, weight: FrozenWeight | None) -> None:
+    """From now on this projection multiplies so while gradients are recorded; None: as stored."""
+    if weight is None:
+        module.__dict__.pop(_PRODUCTS, None)
+    else:
+        module.__dict__[_PRODUCTS] = weight
+
+
+@contextlib.contextmanager
+def multiplying_with(weights: Sequence[tuple[nn.Module, FrozenWeight]]) -> Iterator[None]:
+    """The same for a while."""
+    before = [(module, module.__dict__.get(_PRODUCTS)) for module, _ in weights]
+    for module, weight in weights:
+        multiply_with(module, weight)
+    try:
+        yield
+    finally:
+        for module, earlier in before:
+            multiply_with(module, earlier)

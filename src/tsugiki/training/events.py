@@ -78,6 +78,21 @@ class Advice:
 
 
 @dataclass(frozen=True)
+class Proven:
+    """How the gradient agrees with fp32's where `what` is int8, and whether that is taken.
+
+    tensors: name → (cosine, norm over fp32's norm); missed: bounds that are not kept.
+    """
+
+    step: int
+    what: str
+    taken: bool
+    note: str
+    missed: tuple[str, ...]
+    tensors: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
 class Resumed:
     """The run goes on from a checkpoint; notes name what was passed over."""
 
@@ -92,4 +107,4 @@ class Finished:
     result: TrainResult
 
 
-Event = Logged | Evaluated | Sampled | Saved | Noted | Advice | Resumed | Finished
+Event = Logged | Evaluated | Sampled | Saved | Noted | Advice | Proven | Resumed | Finished

@@ -11,6 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from tsugiki.training.events import (
     Saved,
     TrainResult,
 )
+from tsugiki.training.gradients import few_passes, settle, told_by
 from tsugiki.training.keeping import base_identity, keep_state, report, run_identity, told
 from tsugiki.training.objective import held_out_loss, summed_loss
 from tsugiki.training.ranks import ranks
@@ -98,6 +100,8 @@ def train(
             generator = torch.Generator().manual_seed(settings.seed)
             attach(model, config.lora, generator=generator)
             yield Noted(base.make_fast())
+            if decisions.compute == "int8":
+                yield Noted(base.use_int8())
         else:
             model.requires_grad_(True)
         if settings.gradient_checkpointing == "always":
@@ -131,13 +135,15 @@ def train(
             sweep_temporary(folder)
             if not resume:
                 atomic_write(folder / "config.yaml", config.to_yaml())
-                write_json(folder / "decisions.json", decisions.to_json())
+            write_json(folder / "decisions.json", decisions.to_json())
             progress.segment = metrics.next_segment(folder)
         began, tokens_before = time.monotonic(), progress.tokens
         seconds_before = progress.seconds
-        saved = (progress.step, progress.evaluated, progress.sampled) if progress.step else None
+        saved = _done(progress) if progress.step else None
         scaling = progress.scaling if needs_scaling(model) else None
         skipped_before = progress.scaling.skipped
+        if base.int8 is not None:
+            base.int8.use(progress.int8_level)
         watch = Watch(total_steps)
         prompts = choose_prompts(settings.sample_prompt, prepared, base.tokenizer)
 
@@ -155,7 +161,7 @@ def train(
 
         def save() -> Iterator[Event]:
             nonlocal saved
-            now = (progress.step, progress.evaluated, progress.sampled)
+            now = _done(progress)
             if saved == now:
                 return
             progress.seconds = seconds_before + time.monotonic() - began
@@ -194,6 +200,26 @@ def train(
                 write(metrics.SAMPLES, "sample", prompt=prompt, text=text)
                 yield Sampled(progress.step, prompt, text)
 
+        def prove_int8() -> Iterator[Event]:
+            assert base.int8 is not None
+            fresh = Loader(prepared.train, micro_batch=loader.micro_batch, accumulation=1,
+                           seed=settings.seed)  # fmt: skip
+            try:
+                with breaking_off():
+                    passes = few_passes(fresh, base.spec.parameters)
+                    settled = settle(model, base.int8, loss_of, passes, draw=progress.step == 0)
+            except RunError as error:
+                yield from save()
+                again = f"tsugiki train --resume {folder} --compute bf16"
+                raise RunError(
+                    error.problem, got=error.got, allowed=error.allowed, fix=again
+                ) from None
+            progress.proven, progress.int8_level = progress.step, settled.level
+            for proof in told_by(settled, progress.step):
+                record = {key: value for key, value in asdict(proof).items() if key != "step"}
+                write(metrics.METRICS, "gradients", **record)
+                yield proof
+
         def patience_is_out() -> bool:
             return 0 < (settings.early_stopping or 0) <= progress.since_best
 
@@ -215,6 +241,9 @@ def train(
                     due = over or step in (0, total_steps // 2)
                     if due and progress.sampled < step:
                         yield from sample()
+                    due = not over and step in (0, math.ceil(total_steps / 10))
+                    if due and base.int8 is not None and progress.proven < step:
+                        yield from prove_int8()
                 over = over and progress.sampled == step
                 stop = among.sum(signals.received or 0) > 0
                 if over or stop or step % (settings.save_every or total_steps) == 0:
@@ -303,6 +332,10 @@ def train(
                 stopped_by,
             )
         )
+
+
+def _done(progress: Progress) -> tuple[int, ...]:
+    return progress.step, progress.evaluated, progress.sampled, progress.proven
 
 
 def _holds_a_run(folder: Path) -> bool:

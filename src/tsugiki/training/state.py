@@ -21,7 +21,8 @@ from tsugiki.training.scaling import LossScale
 class Progress:
     """Counters of a run. Losses are nats per labelled token; log_* since the last log line.
 
-    evaluated, sampled: the last step whose held-out loss or samples were done.
+    evaluated, sampled, proven: the last step whose held-out loss, samples or proof of int8
+    gradients were done. int8_level: which products are int8 (`models/int8.py`).
     scaling: of the loss, used in float16 only.
     """
 
@@ -38,6 +39,8 @@ class Progress:
     last_loss: float | None = None
     log_loss: float = 0.0
     log_labels: int = 0
+    proven: int = -1
+    int8_level: int = 0
     scaling: LossScale = field(default_factory=LossScale)
 
 

@@ -159,7 +159,8 @@ def _judged(
         far, len(probe.at), error if max_error is None else max_error,
         kl if max_kl is None else max_kl, mean=True,
     )  # fmt: skip
-    text = perplexities(ours, theirs, probe, limits.ratio if learnt else math.inf)
+    most = limits.ratio if learnt else math.inf
+    text = perplexities(ours, theirs, probe, most, rounded=True)
     why = "the reference has not learnt to read it: KL and perplexity are not judged"
     return [*checks, text if learnt else replace(text, details=(why,))]
 
