@@ -23,6 +23,7 @@ from tsugiki.data.chat import Example
 from tsugiki.device import keep_pages
 from tsugiki.models.flat import flat_loss, use_flat_attention
 from tsugiki.models.int8 import LEVELS, Int8Products
+from tsugiki.models.quantized import quantize_modules
 from tsugiki.models.tune import Tuned, tune
 from tsugiki.training.gradients import BATCHES, settle
 from tsugiki.training.objective import flatten
@@ -49,6 +50,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     counts = products(model)
     rows = random_rows(config.vocab_size, options.rows, options.length)
     make = ours if name.startswith("ours") else theirs
+    if name == "ours-nf4":
+        quantize_modules(model, "nf4")
     if name == "ours-int8":
         step, note = ours_int8(name, model, shape, rows, config.vocab_size)
     else:
@@ -120,7 +123,7 @@ def _ours(
     rows: list[Example],
     scaling: LossScale | None = None,
 ) -> tuple[Step, Tuned | None, LossOf]:
-    dropout = clockwork.DROPOUT if name in ("ours", "ours-int8") else 0.0
+    dropout = clockwork.DROPOUT if name in ("ours", "ours-int8", "ours-nf4") else 0.0
     config = LoraConfig(r=RANK, alpha=ALPHA, dropout=dropout, targets=list(shape.targets))
     attach(model, config, generator=torch.Generator().manual_seed(0))
     use_flat_attention(model)
