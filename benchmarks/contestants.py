@@ -50,6 +50,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     counts = products(model)
     rows = random_rows(config.vocab_size, options.rows, options.length)
     make = ours if name.startswith("ours") else theirs
+    if name == "ours-nf4":
+        quantize_modules(model, "nf4")
     if name == "ours-int8":
         step, note = ours_int8(name, model, shape, rows, config.vocab_size)
     else:
@@ -122,8 +124,6 @@ def _ours(
     scaling: LossScale | None = None,
 ) -> tuple[Step, Tuned | None, LossOf]:
     dropout = clockwork.DROPOUT if name in ("ours", "ours-int8", "ours-nf4") else 0.0
-    if name == "ours-nf4":
-        quantize_modules(model, "nf4")
     config = LoraConfig(r=RANK, alpha=ALPHA, dropout=dropout, targets=list(shape.targets))
     attach(model, config, generator=torch.Generator().manual_seed(0))
     use_flat_attention(model)
