@@ -217,4 +217,4 @@ def test_the_16_bit_model_never_stands_in_memory(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     grown = int(done.stdout.split()[-1])
     print(f"{large / 1e6:.0f} MB of 16-bit weights, {grown / 1e6:.0f} MB at the peak")
-    assert grown <= 0.6 * large
+    assert grown <= 0.75 * large

@@ -323,7 +323,7 @@ def test_where_int8_is_not_faster_it_says_so(
     monkeypatch.setattr(device, "int8_speedup", missing)
     assert "no int8 product" in reason()[1]
     begin(place, "slow", max_steps=2)
-    assert "--compute int8: hidden size 64 < 512" in capsys.readouterr().out
+    assert f"--compute int8: hidden size 64 < {device.NARROW}" in capsys.readouterr().out
     assert proofs(place / "slow") == []
 
 
