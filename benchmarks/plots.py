@@ -27,7 +27,7 @@ STYLE = {
 def draw(path: Path, content: dict[str, Any]) -> Path:
     """Bars of one result file; the SVG's path."""
     report = content["report"]
-    rows = {name: row for name, row in report["rows"].items() if name != "floor"}
+    rows = {name: row for name, row in report["rows"].items() if "floor" not in name}
     names = list(rows)[::-1]
     colours = [OURS if name.startswith("ours") else THEIRS for name in names]
     with pyplot.rc_context(STYLE):
