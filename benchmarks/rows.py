@@ -206,6 +206,9 @@ def main() -> int:
     if options.worker:
         print("RESULT " + json.dumps(work(options)), flush=True)
         return 0
+    if not FILES[options.set].exists():
+        print(f"left out: {options.set} needs ../shared/data", flush=True)
+        return 0
     names = ["ours", *(name for name in options.against.split(",") if name)]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as temporary:

@@ -64,11 +64,11 @@ def test_its_card_tells_how_it_grew() -> None:
 
 
 def test_kana_and_common_kanji_are_whole_tokens(chat: ChatFormat) -> None:
-    corpus = tool("sprout_corpus")
+    words = tool("sprout_words")
     characters = [
-        *corpus.KANJI,
-        *corpus.HIRAGANA,
-        *corpus.katakana(corpus.HIRAGANA),
+        *words.KANJI,
+        *words.HIRAGANA,
+        *words.katakana(words.HIRAGANA),
         *"っゃゅょッャュョー",
     ]
     split = [

@@ -29,13 +29,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from sprout_corpus import (
-    dialogue,
-    documentation,
-    documentation_words,
-    package_documentation,
-    render,
-)
+from sprout_corpus import dialogue, render
+from sprout_documentation import documentation, documentation_words, package_documentation
 from sprout_tokenizer import CONTEXT, make_tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase

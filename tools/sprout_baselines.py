@@ -19,13 +19,12 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
-from sprout_corpus import (
+from sprout_corpus import dialogue, render
+from sprout_documentation import (
     PACKAGES,
-    dialogue,
     documentation,
     documentation_words,
     package_documentation,
-    render,
 )
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 

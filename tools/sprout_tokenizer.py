@@ -13,7 +13,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from sprout_corpus import HIRAGANA, KANJI, dialogue, documentation, documentation_words, katakana
+from sprout_corpus import dialogue
+from sprout_documentation import documentation, documentation_words
+from sprout_words import HIRAGANA, KANJI, katakana
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
