@@ -1,4 +1,5 @@
-"""Which bodies compute on which device: plain torch everywhere, Triton's on a GPU that proved them.
+"""Which bodies compute on which device: plain torch everywhere, Triton's on a GPU that proved them,
+compiled ones on a CPU where a compiler is.
 
 Before their first use on a device, the Triton bodies of each family of operations compute a small
 case there beside the plain ones (`gpu/proof.py`); whatever goes wrong, a missing package included,
@@ -8,9 +9,11 @@ Knows no operation.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import warnings
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +24,25 @@ FAMILIES = (
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Before compute capability 8 Triton multiplies without tensor cores, and spills what it holds.
 PRODUCTS = ("lowrank", "product", "nf4_product")
+
+
+_compiled = [True]
+
+
+def use_compiled(on: bool) -> None:
+    """Whether CPU tensors may take compiled bodies from now on, where they can be built."""
+    _compiled[0] = on
+
+
+def bodies(x: Tensor, family: str) -> Any:
+    """The module with one-pass bodies of a family for this tensor; None: plain torch."""
+    if triton_runs(x, family):
+        return importlib.import_module(f"tsugiki.kernels.gpu.{family}")
+    if _compiled[0] and x.device.type == "cpu":
+        from tsugiki.kernels.cpu import compiled
+
+        return compiled if compiled.runs(x) else None
+    return None
 
 
 def triton_runs(x: Tensor, family: str) -> bool:
@@ -67,6 +89,11 @@ def judged(device: torch.device, dtype: torch.dtype, family: str) -> str:
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
     """One line for the log."""
+    if device.type == "cpu" and _compiled[0]:
+        from tsugiki.kernels.cpu.build import library
+
+        found, reason = library()
+        return f"{'plain torch' if found is None else 'compiled'} kernels: {reason}"
     if device.type != "cuda":
         return "plain torch kernels"
     plain = {f: why_plain(device, dtype, f) for f in FAMILIES}

@@ -8,10 +8,15 @@ agree on more than chance only where their offsets are equal. Knows no layers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from tsugiki.kernels.backend import bodies
 
 SIZE = 1 << 22  # entries of a table
 ALIGN = 16  # entries: offsets stay on vector boundaries
@@ -33,20 +38,51 @@ def dropped(x: Tensor, rate: float, seed: int, out: Tensor | None = None) -> Ten
         out: (T, k) to write to; may be x itself.
     """
     out = torch.empty_like(x) if out is None else out
-    table = _table(rate, x.dtype, x.device)
+    fused = _fused(x, out)
+    for part, at, rows in _parts(x, seed):
+        if fused is not None and at is not None:
+            fused.dropped(part, _bits(rate)[at // ALIGN :], 1 / (1 - rate), out[rows], add=False)
+        else:
+            torch.mul(part, _mask(part, at, rate), out=out[rows])
+    return out
+
+
+def add_dropped(onto: Tensor, x: Tensor, rate: float, seed: int, scale: float = 1.0) -> Tensor:
+    """onto (T, k) += scale · what `dropped` gives, in place; x is used up."""
+    fused = _fused(x, onto)
+    for part, at, rows in _parts(x, seed):
+        if fused is not None and at is not None:
+            bits = _bits(rate)[at // ALIGN :]
+            fused.dropped(part, bits, scale / (1 - rate), onto[rows], add=True)
+        else:
+            onto[rows].add_(part.mul_(_mask(part, at, rate)), alpha=scale)
+    return onto
+
+
+def _fused(x: Tensor, out: Tensor) -> Any:
+    contiguous = x.is_contiguous() and out.is_contiguous()
+    return bodies(x, "dropout") if contiguous and not x.is_cuda else None
+
+
+def _parts(x: Tensor, seed: int) -> Iterator[tuple[Tensor, int | None, slice]]:
+    """Rows that share one place in the table, the place, and which rows; None: wider than it."""
     width = x.shape[1]
     # half a table at most, so that at least half of the offsets remain
     rows = max(1, min(SIZE // 2, 1 << 20) // width)
     for number, begin in enumerate(range(0, x.shape[0], rows)):
         part = x[begin : begin + rows]
-        count = part.shape[0] * width
+        count = part.numel()
+        at = None
         if count <= SIZE - ALIGN:
             at = _mixed(seed + number) % ((SIZE - count) // ALIGN) * ALIGN
-            mask = table[at : at + count].view(part.shape)
-        else:  # one row wider than the table
-            mask = table.repeat(count // SIZE + 1)[:count].view(part.shape)
-        torch.mul(part, mask, out=out[begin : begin + rows])
-    return out
+        yield part, at, slice(begin, begin + rows)
+
+
+def _mask(part: Tensor, at: int | None, rate: float) -> Tensor:
+    table, count = _table(rate, part.dtype, part.device), part.numel()
+    if at is None:
+        return table.repeat(count // SIZE + 1)[:count].view(part.shape)
+    return table[at : at + count].view(part.shape)
 
 
 def _mixed(value: int) -> int:
@@ -60,6 +96,14 @@ def _mixed(value: int) -> int:
 @lru_cache(maxsize=4)
 def _table(rate: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(SIZE,) entries 0 or 1/(1 - rate); a constant, the same in every process."""
-    generator = torch.Generator().manual_seed(0x7375676B69)
-    kept = torch.rand(SIZE, generator=generator) >= rate
-    return (kept.to(torch.float64) / (1.0 - rate)).to(device, dtype)
+    return (_kept(rate).to(torch.float64) / (1.0 - rate)).to(device, dtype)
+
+
+@lru_cache(maxsize=4)
+def _bits(rate: float) -> Tensor:
+    """The same table, 16 entries a word (SIZE / 16,), the first in the lowest bit."""
+    return torch.from_numpy(np.packbits(_kept(rate).numpy(), bitorder="little")).view(torch.int16)
+
+
+def _kept(rate: float) -> Tensor:
+    return torch.rand(SIZE, generator=torch.Generator().manual_seed(0x7375676B69)) >= rate

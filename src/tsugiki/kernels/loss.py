@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsugiki.kernels.backend import triton_runs
+from tsugiki.kernels.backend import bodies
 from tsugiki.kernels.linear import FrozenWeight
 
 CHUNK = 40_000_000  # logits of one chunk: enough rows for a full-speed product
@@ -103,10 +103,12 @@ def _softmax(
     With `needs`, logits (n, V) become factor · d loss / d (W·h); where the targets' entries (n, 1)
     are given apart, they are zero in it.
     """
-    if triton_runs(logits, "loss"):
-        from tsugiki.kernels.gpu.loss import softmax_rows
-
-        return softmax_rows(logits, targets, head.scale, head.softcap, factor, needs).sum(), None
+    fused = bodies(logits, "loss")
+    if fused is not None:
+        losses, apart = fused.softmax_rows(
+            logits, targets, head.scale, head.softcap, factor, needs
+        )
+        return losses.sum(), apart
     wide = torch.promote_types(logits.dtype, torch.float32)
     total = torch.zeros((), dtype=wide, device=logits.device)
     own = logits.new_empty(len(targets), 1, dtype=wide) if needs else None

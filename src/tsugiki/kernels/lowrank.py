@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tsugiki.kernels.backend import triton_runs
-from tsugiki.kernels.dropout import dropped
+from tsugiki.kernels.dropout import add_dropped, dropped
 
 
 def shrink(x: Tensor, a: Tensor, rate: float = 0.0, seed: int = 0) -> Tensor:
@@ -33,7 +33,7 @@ def add_product(
     if rate == 0:
         return onto.addmm_(s, b.T, alpha=scale)
     part = s @ b.T
-    return onto.add_(dropped(part, rate, seed, out=part), alpha=scale)
+    return add_dropped(onto, part, rate, seed, scale)
 
 
 def pair_gradients(grad: Tensor, s: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:

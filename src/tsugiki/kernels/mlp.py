@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsugiki.kernels.backend import triton_runs
+from tsugiki.kernels.backend import bodies
 from tsugiki.kernels.linear import (
     FrozenWeight,
     LoraTerm,
@@ -117,10 +117,10 @@ def _blocks(x: Tensor) -> Iterator[slice]:
 
 def _gate(e: Tensor, g: Tensor | None, activation: str) -> Tensor:
     """act(e)·g (T, m)."""
-    if triton_runs(e, "activations"):
-        from tsugiki.kernels.gpu import activations
-
-        return activations.gate(e, g, activation)
+    fused = bodies(e, "activations")
+    if fused is not None and fused.activates(activation):
+        gated: Tensor = fused.gate(e, g, activation)
+        return gated
     h = torch.empty(e.shape, dtype=e.dtype, device=e.device)
     for rows in _blocks(e):
         _activate(e[rows], activation, h[rows])
@@ -187,10 +187,9 @@ def _through_activation(
     # dh is free once its block is done: the gradient of up takes its place
     grad_wide = [torch.empty_like(wide[0]), *([grad_h] if len(wide) == 2 else [])]
     grad_e, grad_g = _halves(grad_wide, feed.fused)
-    if triton_runs(grad_h, "activations"):
-        from tsugiki.kernels.gpu import activations
-
-        activations.gate_back(grad_h, e, g, feed.activation, h, grad_e, grad_g)
+    fused = bodies(grad_h, "activations")
+    if fused is not None and fused.activates(feed.activation):
+        fused.gate_back(grad_h, e, g, feed.activation, h, grad_e, grad_g)
         return h, grad_wide
     if g is None:
         for rows in _blocks(e):

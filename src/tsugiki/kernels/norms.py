@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsugiki.kernels.backend import triton_runs
+from tsugiki.kernels.backend import bodies
 
 CELLS = 1 << 18  # of one fp32 block: fewer waste time between operations
 
@@ -54,10 +54,9 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         ctx.offset, ctx.shape = offset, x.shape
-        if triton_runs(flat, "norms"):
-            from tsugiki.kernels.gpu import norms
-
-            out, inverse = norms.norm_rows(flat, weight, eps, offset)
+        fused = bodies(flat, "norms")
+        if fused is not None:
+            out, inverse = fused.norm_rows(flat, weight, eps, offset)
             ctx.save_for_backward(flat, inverse, weight)
             return out.view(x.shape)
         wide = _wide(x.dtype)
@@ -78,10 +77,9 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         flat, inverse, weight = ctx.saved_tensors
         grad = grads[0].reshape(flat.shape)
-        if triton_runs(flat, "norms"):
-            from tsugiki.kernels.gpu import norms
-
-            out = norms.norm_rows_back(grad, flat, weight, inverse, ctx.offset)
+        fused = bodies(flat, "norms")
+        if fused is not None:
+            out = fused.norm_rows_back(grad, flat, weight, inverse, ctx.offset)
             return out.view(ctx.shape), None, None, None
         wide = inverse.dtype
         scale = weight.to(wide) + ctx.offset
@@ -125,10 +123,9 @@ def reference_rotary(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, direction: int) -> None:
     """x, out (T, heads, d); cos, sin (T, 1, 2·h). The two halves of cos and sin may differ."""
-    if triton_runs(x, "norms"):
-        from tsugiki.kernels.gpu import norms
-
-        norms.turn(x, cos[:, 0], sin[:, 0], out, direction)
+    fused = bodies(x, "norms")
+    if fused is not None and cos.dtype == x.dtype:
+        fused.turn(x, cos[:, 0], sin[:, 0], out, direction)
         return
     half = cos.shape[-1] // 2
     one, two = x[..., :half], x[..., half : 2 * half]

@@ -43,6 +43,11 @@ def _gate(e, g, h, N, et, gt, KIND: tl.constexpr, GATED: tl.constexpr, B: tl.con
     tl.store(h + row * N + columns, value, mask=inside)
 
 
+def activates(activation: str) -> bool:
+    """Whether this activation has a body here."""
+    return activation in KINDS
+
+
 def gate(e: Tensor, g: Tensor | None, activation: str) -> Tensor:
     """act(e)·g (T, m); e and g may be halves of one matrix."""
     count, width = e.shape

@@ -62,8 +62,8 @@ def softmax_rows(
     softcap: float | None,
     factor: float,
     needs: bool,
-) -> Tensor:
-    """−log p(target) of each row (n,), fp32; logits (n, V) are W·h.
+) -> tuple[Tensor, None]:
+    """−log p(target) of each row (n,), fp32, and nothing apart; logits (n, V) are W·h.
 
     With `needs` they become factor · d loss / d (W·h). p is the softmax of scale·logits, or of
     c·tanh(scale·logits / c) with a cap.
@@ -77,4 +77,4 @@ def softmax_rows(
             logits, targets, losses, vocab, logits.stride(0), scale, softcap or 1.0, factor,
             CAP=softcap is not None, GRAD=needs, B=block, num_warps=8,
         )  # fmt: skip
-    return losses
+    return losses, None

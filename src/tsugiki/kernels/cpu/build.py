@@ -1,0 +1,86 @@
+"""Compiles `bodies.cpp` for this very CPU, once, where a C++ compiler is there.
+
+The library is kept in the user's cache under a name made of source, command, compiler and CPU, so
+a changed one is built anew and two machines with one home folder do not share it. Nothing needs
+it: whatever goes wrong leaves the plain torch bodies, with the reason. Knows no operation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("bodies.cpp")
+SWITCH = "TSUGIKI_COMPILED"  # 0: never compile, always plain torch
+FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math",
+    "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared",
+)  # fmt: skip
+SECONDS = 120  # for a compiler that hangs
+
+
+@lru_cache(maxsize=1)
+def library() -> tuple[ctypes.CDLL | None, str]:
+    """The compiled bodies, or None; and what was decided, for people."""
+    if os.environ.get(SWITCH) == "0":
+        return None, f"{SWITCH}=0 asks for plain torch kernels"
+    if not sys.platform.startswith("linux"):
+        return None, "compiled kernels are built on Linux only"
+    found = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if found is None:
+        return None, "no C++ compiler (c++, g++ or clang++); with one, steps get faster"
+    try:
+        return ctypes.CDLL(str(_built(found))), f"compiled for this CPU by {found}"
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        return None, f"{found} could not build them: {said.strip().splitlines()[-1][:200]}"
+
+
+def _built(compiler: str) -> Path:
+    """Path of the library, compiled now where it was not before."""
+    command = [compiler, *FLAGS]
+    if platform.machine() == "x86_64":
+        command.append("-mprefer-vector-width=512")
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=SECONDS
+    ).stdout
+    # torch's own OpenMP: a second one would be a second set of threads on the same cores
+    openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))[:1]
+    said = "\0".join([SOURCE.read_text(), *command, *map(str, openmp), version, _processor()])
+    name = hashlib.sha256(said.encode()).hexdigest()[:16]
+    place = _folder() / f"bodies-{name}.so"
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+            made = Path(folder) / "bodies.so"
+            subprocess.run(
+                [*command, str(SOURCE), "-o", str(made), *map(str, openmp)],
+                capture_output=True, text=True, check=True, timeout=SECONDS,
+            )  # fmt: skip
+            os.replace(made, place)
+    return place
+
+
+def _folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "tsugiki" / "kernels"
+
+
+def _processor() -> str:
+    """What `-march=native` looks at."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        kinds = ("model name", "flags", "Features", "CPU part")
+        return "\n".join(sorted({x for x in lines if x.startswith(kinds)}))
+    return platform.processor()
