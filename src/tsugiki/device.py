@@ -36,6 +36,8 @@ class Decisions:
     threads: int
     reasons: dict[str, str] = field(default_factory=dict)
     compute: str = "bf16"  # of the frozen products: in dtype, or int8
+    # family of operations → torch, compiled or triton; kernels/backend.py fills it
+    operations: dict[str, str] = field(default_factory=dict)
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -95,7 +95,7 @@ def doctor(
     decisions.apply()
     compute, why = choose_compute(decisions.device, decisions.dtype, width)
     machine = look()
-    kernels = describe(_torch_device(decisions.device), decisions.torch_dtype)
+    kernels, built = describe(_torch_device(decisions.device), decisions.torch_dtype)
     advice = list(advise(machine, decisions.device, decisions.dtype))
 
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
@@ -105,11 +105,12 @@ def doctor(
         reason = decisions.reasons.get(part, "")
         table.add_row(part, str(getattr(decisions, part)), reason)
     table.add_row("--compute int8", "would be used" if compute == "int8" else "not used", why)
-    table.add_row("kernels", kernels, "")
+    table.add_row("kernels", kernels, built)
     terminal.heading(f"This machine, for {name}")
     terminal.say(
         "machine", table,
-        machine=asdict(machine), decisions=decisions.to_json(), kernels=kernels, width=width,
+        machine=asdict(machine), decisions=decisions.to_json(), width=width,
+        kernels={"taken": kernels, "reason": built},
         int8={"used": compute == "int8", "reason": why},
     )  # fmt: skip
     terminal.heading("What would make it faster")

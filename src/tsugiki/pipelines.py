@@ -24,8 +24,9 @@ from tsugiki.data.dataset import Prepared, prepare
 from tsugiki.data.formats import Rows, read_rows
 from tsugiki.data.report import counts_table, show
 from tsugiki.device import Decisions, decide
-from tsugiki.errors import DataError, MemoryLimitError, UsageError
+from tsugiki.errors import DataError, UsageError
 from tsugiki.files import human_bytes, read_json, require_space
+from tsugiki.kernels.backend import describe, replay
 from tsugiki.models.load import (
     Base,
     ResolvedModel,
@@ -41,6 +42,7 @@ from tsugiki.planning import (
     check_context,
     compare_memory,
     make_plan,
+    out_of_memory,
     projection_bytes,
 )
 from tsugiki.terminal import Terminal
@@ -157,6 +159,11 @@ def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) 
         why = decisions.reasons.get("compute", "a run keeps the products that it began with")
         terminal.warn(f"--compute {asked.compute}: {why}")
     decisions.apply()
+    place = torch.device(decisions.device)
+    found, lost = replay(decisions.operations, place, decisions.torch_dtype)
+    decisions = dataclasses.replace(decisions, operations=found)
+    if lost:
+        terminal.warn(lost)
     rows, prepared = prepare_rows(config, chat, spec.context)
     show_rows(rows, prepared, tokenizer, terminal)
     trainable = count_trainable(config, spec)
@@ -322,6 +329,8 @@ def show_plan(session: Session, terminal: Terminal) -> None:
     for name in ("device", "dtype", "threads"):
         reason = session.decisions.reasons.get(name, "")
         table.add_row(name, str(getattr(session.decisions, name)), reason)
+    device = torch.device(session.decisions.device)
+    table.add_row("kernels", *describe(device, session.decisions.torch_dtype))
     if session.decisions.compute == "int8":
         table.add_row("compute", "int8", session.decisions.reasons.get("compute", ""))
     for name, value in values.items():
@@ -374,24 +383,12 @@ def _train(
         total_steps=session.plan.steps,
         info={"reasons": session.plan.reasons, "memory": session.plan.memory},
     )
+    told = (session.plan, session.spec, facts_of(session.prepared), session.decisions)
     try:
         return tell(events, terminal, folder)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _memory_error(session, folder) from error
+        raise out_of_memory(*told, folder) from error
     except RuntimeError as error:
         if "can't allocate memory" in str(error):
-            raise _memory_error(session, folder) from error
+            raise out_of_memory(*told, folder) from error
         raise
-
-
-def _memory_error(session: Session, folder: Path) -> MemoryLimitError:
-    from tsugiki.planning import ways_out
-
-    plan, facts = session.plan, facts_of(session.prepared)
-    trainable = count_trainable(plan.config, session.spec)
-    ways = "; ".join(ways_out(session.spec, plan.config, facts, session.decisions, trainable))
-    return MemoryLimitError(
-        "out of memory",
-        got=f"predicted {human_bytes(session.plan.memory_total)}",
-        fix=f"{ways}; or free memory and go on: tsugiki train --resume {folder}",
-    )

@@ -47,6 +47,7 @@ class Plan:
     reasons: dict[str, str]
     steps: int
     rows_per_step: int
+    trainable: int
     memory: dict[str, int]
     disk: int
 
@@ -205,7 +206,8 @@ def make_plan(
     train = asked.model_copy(update=filled)
     resolved = config.model_copy(update={"lora": lora, "train": train})
     memory = predict_memory(spec, resolved, facts, decisions, micro, trainable)
-    plan = Plan(resolved, reasons, steps, per_step, memory, predict_disk(spec, resolved, trainable))
+    disk = predict_disk(spec, resolved, trainable)
+    plan = Plan(resolved, reasons, steps, per_step, trainable, memory, disk)
     if plan.memory_total > limit:
         raise MemoryLimitError(
             f"this run needs about {human_bytes(plan.memory_total)}",
@@ -329,6 +331,18 @@ def ways_out(
         parts = predict_memory(spec, changed, seen, decisions, micro, count)
         needs.append((sum(parts.values()), flags))
     return [f"{flags} ({human_bytes(size)})" for size, flags in sorted(needs)] + ["a smaller base"]
+
+
+def out_of_memory(
+    plan: Plan, spec: ModelSpec, facts: Facts, decisions: Decisions, folder: Path
+) -> MemoryLimitError:
+    """What to raise where a run in a folder got no more memory: the ways out, and how to go on."""
+    ways = "; ".join(ways_out(spec, plan.config, facts, decisions, plan.trainable))
+    return MemoryLimitError(
+        "out of memory",
+        got=f"predicted {human_bytes(plan.memory_total)}",
+        fix=f"{ways}; or free memory and go on: tsugiki train --resume {folder}",
+    )
 
 
 def count_lora(spec: ModelSpec, r: int, targets: str) -> int:

@@ -3,8 +3,8 @@ compiled ones on a CPU where a compiler is.
 
 Before their first use on a device, the Triton bodies of each family of operations compute a small
 case there beside the plain ones (`gpu/proof.py`); whatever goes wrong, a missing package included,
-leaves that family plain and is said once. Nothing is timed, so a resumed run takes the same bodies.
-Knows no operation.
+leaves that family plain and is said once. Nothing is timed; a run writes down what it took, and a
+resumed one is held to it. Knows no operation.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -26,19 +27,48 @@ TYPES = (torch.float16, torch.bfloat16, torch.float32)
 PRODUCTS = ("lowrank", "product", "nf4_product")
 
 
-_compiled = [True]
+ON_CPU = ("norms", "activations", "loss", "dropout", "nf4", "int8")
+
+_plain: set[str] = set()
 
 
-def use_compiled(on: bool) -> None:
-    """Whether CPU tensors may take compiled bodies from now on, where they can be built."""
-    _compiled[0] = on
+def hold_plain(families: Iterable[str]) -> None:
+    """These families, and no others, compute by plain torch from now on."""
+    _plain.clear()
+    _plain.update(families)
+
+
+def operations(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What computes each family of operations just now: torch, compiled or triton."""
+    if device.type == "cuda":
+        return {
+            family: "torch" if family in _plain or why_plain(device, dtype, family) else "triton"
+            for family in FAMILIES
+        }
+    some = torch.empty(1, dtype=dtype, device=device)
+    return {family: "torch" if bodies(some, family) is None else "compiled" for family in ON_CPU}
+
+
+def replay(
+    noted: dict[str, str], device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, str], str]:
+    """Hold to what a run wrote down, if anything; what computes now, and a warning if others do."""
+    hold_plain(family for family, taken in noted.items() if taken == "torch")
+    found = operations(device, dtype)
+    lost = [family for family, taken in noted.items() if found.get(family) != taken]
+    if not lost:
+        return found, ""
+    return found, (
+        f"{', '.join(lost)}: this run began with {noted[lost[0]]} kernels, which cannot be had "
+        "now; it goes on, but not to the same bytes"
+    )
 
 
 def bodies(x: Tensor, family: str) -> Any:
     """The module with one-pass bodies of a family for this tensor; None: plain torch."""
     if triton_runs(x, family):
         return importlib.import_module(f"tsugiki.kernels.gpu.{family}")
-    if _compiled[0] and x.device.type == "cpu":
+    if x.device.type == "cpu" and family not in _plain:
         from tsugiki.kernels.cpu import compiled
 
         return compiled if compiled.runs(x) else None
@@ -47,7 +77,9 @@ def bodies(x: Tensor, family: str) -> Any:
 
 def triton_runs(x: Tensor, family: str) -> bool:
     """Whether Triton's bodies of a family take this tensor."""
-    return x.is_cuda and x.dtype in TYPES and not why_plain(x.device, x.dtype, family)
+    if not x.is_cuda or x.dtype not in TYPES or family in _plain:
+        return False
+    return not why_plain(x.device, x.dtype, family)
 
 
 @lru_cache(maxsize=64)
@@ -87,17 +119,18 @@ def judged(device: torch.device, dtype: torch.dtype, family: str) -> str:
         return f"{family} cannot be tried: {str(error).strip().splitlines()[0][:200]}"
 
 
-def describe(device: torch.device, dtype: torch.dtype) -> str:
-    """One line for the log."""
-    if device.type == "cpu" and _compiled[0]:
+def describe(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """What computes beside torch's own products, and why; for people."""
+    if device.type == "cpu":
         from tsugiki.kernels.cpu.build import library
 
         found, reason = library()
-        return f"{'plain torch' if found is None else 'compiled'} kernels: {reason}"
+        if found is not None and _plain.issuperset(ON_CPU):
+            return "plain torch", "as this run began"
+        return "plain torch" if found is None else "compiled", reason
     if device.type != "cuda":
-        return "plain torch kernels"
-    plain = {f: why_plain(device, dtype, f) for f in FAMILIES}
+        return "plain torch", f"nothing else is written for {device.type}"
+    plain = {f: why_plain(device, dtype, f) for f in FAMILIES if f not in _plain}
     taken = [f for f, reason in plain.items() if not reason]
     reasons = list(dict.fromkeys(reason for reason in plain.values() if reason))
-    said = [f"GPU kernels: {', '.join(taken)}"] if taken else []
-    return "; ".join(said + [f"plain torch kernels: {reason}" for reason in reasons])
+    return f"Triton: {', '.join(taken)}" if taken else "plain torch", "; ".join(reasons)

@@ -21,6 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tsugiki.kernels.backend import bodies
 from tsugiki.kernels.int8_rows import Int8Codes, quantize_int8
 from tsugiki.kernels.linear import FrozenWeight
 from tsugiki.kernels.quantized import QuantizedWeight, Workspace
@@ -96,7 +97,11 @@ def quantise(
     codes = scratch.take("codes", (count, width), x, torch.int8)
     scale = torch.empty(count, 1, dtype=torch.float32, device=x.device)
     ratio = torch.empty_like(scale)
-    for rows in _blocks(count, max(1, CELLS // width)):
+    fused = bodies(x, "int8")
+    if fused is not None:
+        chance = _noise(x.device) if dither else None
+        fused.quantise(x, fold, chance, codes, scale, ratio, LEVELS)
+    for rows in _blocks(0 if fused is not None else count, max(1, CELLS // width)):
         block = _wide(x[rows], fold, scratch)
         peak = _peak(block)
         torch.div(peak, _root_mean_square(block), out=ratio[rows])
@@ -183,10 +188,18 @@ class Int8Weight:
         out, width = self.shape
         flat = x if x.dim() == 2 else x.reshape(-1, width)
         y = torch.empty(flat.shape[0], out, dtype=x.dtype, device=x.device)
+        fused = bodies(y, "int8")
         with torch.no_grad():
             codes = self.scratch.quantised(flat)
             for rows, columns in _tiles(*y.shape):
                 products = self._products(codes.codes[rows], self.packed[columns].T)
+                if fused is not None:
+                    bias = None if self.bias is None else self.bias[columns]
+                    scales = self.scales[columns]
+                    fused.scaled(
+                        products, codes.scale[rows], scales, bias, y[rows, columns], add=False
+                    )
+                    continue
                 for part, block in self._real(products, codes.scale[rows]):
                     block.mul_(self.scales[columns])
                     if self.bias is not None:
@@ -229,8 +242,13 @@ class Int8Weight:
 
     def _add_back(self, codes: Quantised, packed: Tensor, total: Tensor, fresh: bool) -> None:
         """total (T, in) = or += codes (T, k) · packed (k, in)."""
+        fused = bodies(total, "int8")
         for rows, columns in _tiles(*total.shape):
             products = self._products(codes.codes[rows], packed[:, columns])
+            if fused is not None:
+                y = total[rows, columns]
+                fused.scaled(products, codes.scale[rows], None, None, y, add=not fresh)
+                continue
             for part, block in self._real(products, codes.scale[rows]):
                 if fresh:
                     total[rows][part, columns] = block

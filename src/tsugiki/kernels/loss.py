@@ -105,9 +105,7 @@ def _softmax(
     """
     fused = bodies(logits, "loss")
     if fused is not None:
-        losses, apart = fused.softmax_rows(
-            logits, targets, head.scale, head.softcap, factor, needs
-        )
+        losses, apart = fused.softmax_rows(logits, targets, head.scale, head.softcap, factor, needs)
         return losses.sum(), apart
     wide = torch.promote_types(logits.dtype, torch.float32)
     total = torch.zeros((), dtype=wide, device=logits.device)

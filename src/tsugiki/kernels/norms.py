@@ -6,7 +6,7 @@ blocks that stay in a core's cache, and rounds once. Knows no model.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class _RmsNorm(torch.autograd.Function):
         if fused is not None:
             out, inverse = fused.norm_rows(flat, weight, eps, offset)
             ctx.save_for_backward(flat, inverse, weight)
-            return out.view(x.shape)
+            return cast(Tensor, out.view(x.shape))
         wide = _wide(x.dtype)
         scale = weight.to(wide) + offset
         inverse = torch.empty(flat.shape[0], 1, dtype=wide, device=x.device)

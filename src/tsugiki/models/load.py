@@ -96,7 +96,8 @@ class Base:
         if self.device.type != "cuda":
             return self.tuned.note
         table = self.model.get_input_embeddings()  # type: ignore[operator]
-        return f"{self.tuned.note}; {describe(self.device, table.weight.dtype)}"
+        kernels, why = describe(self.device, table.weight.dtype)
+        return f"{self.tuned.note}; kernels: {kernels}{why and f' ({why})'}"
 
     def use_int8(self) -> str:
         """Multiply in int8 while gradients are recorded, after `make_fast`; what was done."""

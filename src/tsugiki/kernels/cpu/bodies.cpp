@@ -4,58 +4,9 @@
 // form needs several passes. Sums and functions are fp32, and each result is rounded once. Loops
 // are plain C++ that a compiler turns into vector code. Strides are in elements. Knows no torch.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include "numbers.hpp"
 
 namespace {
-
-struct bfloat {
-    uint16_t bits;
-};
-
-inline float as_float(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline uint32_t as_bits(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-inline float wide(float x) { return x; }
-inline float wide(bfloat x) { return as_float(uint32_t(x.bits) << 16); }
-
-inline void put(float* at, float x) { *at = x; }
-inline void put(bfloat* at, float x) {  // to nearest, ties to even; not a number stays one
-    const uint32_t bits = as_bits(x);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    at->bits = uint16_t(x == x ? rounded : 0x7fc0u);
-}
-
-// e^x, relative error about 1e-7 (Cephes' expf). Beyond 80 it stands still: 1 / e^88 would be a
-// subnormal number, and processors take a hundred times longer over each of those.
-inline float exponential(float x) {
-    x = x < -80.0f ? -80.0f : x;
-    x = x > 80.0f ? 80.0f : x;
-    const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 · 2^23: the sum is rounded to a whole
-    const float n = shifted - 12582912.0f;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * as_float((as_bits(shifted) - 0x4b400000u + 127u) << 23);
-}
-
-inline float hyperbolic_tangent(float x) { return 1.0f - 2.0f / (1.0f + exponential(2.0f * x)); }
 
 // An activation by its inner function, computed once for value and slope.
 struct Silu {

@@ -1,4 +1,4 @@
-"""Compiles `bodies.cpp` for this very CPU, once, where a C++ compiler is there.
+"""Compiles the bodies in C++ for this very CPU, once, where a C++ compiler is there.
 
 The library is kept in the user's cache under a name made of source, command, compiler and CPU, so
 a changed one is built anew and two machines with one home folder do not share it. Nothing needs
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("bodies.cpp")
+SOURCES = sorted(Path(__file__).parent.glob("*.[ch]pp"))
 SWITCH = "TSUGIKI_COMPILED"  # 0: never compile, always plain torch
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math",
@@ -57,15 +57,17 @@ def _built(compiler: str) -> Path:
     ).stdout
     # torch's own OpenMP: a second one would be a second set of threads on the same cores
     openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))[:1]
-    said = "\0".join([SOURCE.read_text(), *command, *map(str, openmp), version, _processor()])
+    texts = [source.read_text() for source in SOURCES]
+    said = "\0".join([*texts, *command, *map(str, openmp), version, _processor()])
     name = hashlib.sha256(said.encode()).hexdigest()[:16]
     place = _folder() / f"bodies-{name}.so"
     if not place.exists():
+        units = [str(source) for source in SOURCES if source.suffix == ".cpp"]
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as folder:
             made = Path(folder) / "bodies.so"
             subprocess.run(
-                [*command, str(SOURCE), "-o", str(made), *map(str, openmp)],
+                [*command, *units, "-o", str(made), *map(str, openmp)],
                 capture_output=True, text=True, check=True, timeout=SECONDS,
             )  # fmt: skip
             os.replace(made, place)

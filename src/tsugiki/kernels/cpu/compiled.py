@@ -104,6 +104,43 @@ def dropped(x: Tensor, mask: Tensor, scale: float, out: Tensor, add: bool) -> Te
     return out
 
 
+def nf4_unpack(packed: Tensor, scales: Tensor, levels: Tensor, out: Tensor) -> Tensor:
+    """Codes (rows, width / 2) of NF4 with the scales (rows, width / 64) of their blocks, in out."""
+    _call("nf4_unpack", out, packed, scales, levels, out, *out.shape, packed.stride(0),
+          scales.stride(0))  # fmt: skip
+    return out
+
+
+def quantise(
+    x: Tensor,
+    fold: Tensor | None,
+    chance: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    ratio: Tensor,
+    levels: int,
+) -> None:
+    """x (T, K) · fold (K,) in whole numbers of its rows' scales, into codes (T, K) int8.
+
+    chance: a table of which a part, another for each row, is added before rounding.
+    scale (T, 1): a row's peak over levels; ratio (T, 1): over its root mean square.
+    """
+    _call("quantise", x, x, fold, chance, codes, scale, ratio, *x.shape, x.stride(0), levels,
+          0 if chance is None else chance.numel())  # fmt: skip
+
+
+def scaled(
+    products: Tensor,
+    row_scale: Tensor,
+    column_scale: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    add: bool,
+) -> None:
+    """products (T, n) int32 · row_scale (T, 1) · column_scale (n,) + bias (n,) into or onto y."""
+    _call("scaled", y, products, row_scale, column_scale, bias, y, *y.shape, y.stride(0), int(add))
+
+
 def _stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
 
@@ -123,4 +160,5 @@ def _call(name: str, like: Tensor, *given: Argument) -> None:
             arguments.append(ctypes.c_void_p(None))
         else:
             arguments.append(ctypes.c_int64(value))
-    getattr(loaded, f"{name}_{NAMES[like.dtype]}")(*arguments, ctypes.c_int(torch.get_num_threads()))
+    body = getattr(loaded, f"{name}_{NAMES[like.dtype]}")
+    body(*arguments, ctypes.c_int(torch.get_num_threads()))
