@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,20 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs real data in ../shared/data, which is not here")
     return folder
+
+
+@pytest.fixture(scope="module", params=["torch", "compiled"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """CPU bodies in plain torch, then compiled; the second is skipped where they cannot be built."""
+    from tsugiki.kernels import backend
+    from tsugiki.kernels.cpu.build import library
+
+    found, reason = library()
+    if request.param == "compiled" and found is None:
+        pytest.skip(reason)
+    backend.hold_plain(backend.ON_CPU if request.param == "torch" else ())
+    yield request.param
+    backend.hold_plain(())
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

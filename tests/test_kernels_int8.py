@@ -19,6 +19,8 @@ from tsugiki.kernels.loss import Head, chunked_cross_entropy
 from tsugiki.kernels.quantized import Workspace
 from tsugiki.models.quantized import quantized
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 RAGGED = [(1, 7, 5), (5, 64, 33), (131, 100, 257), (300, 48, 1)]  # (T, in, out)
 
 

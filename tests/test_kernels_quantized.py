@@ -20,6 +20,8 @@ from tsugiki.kernels.mlp import Feed, feed_forward
 from tsugiki.kernels.nf4 import Nf4Codes, dynamic_map, quantize_nf4, reference_nf4
 from tsugiki.kernels.quantized import ALL, QuantizedWeight, Workspace
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 # bitsandbytes' AVX-512 body is wrong for rows of a multiple of 16 that is none of 64, such as 80
 SHAPES = [(300, 128), (7, 64), (129, 896), (64, 172), (5, 13), (7, 33), (1, 1), (576, 200)]

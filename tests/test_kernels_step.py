@@ -20,6 +20,8 @@ from tsugiki.kernels.loss import Head, chunked_cross_entropy, reference_cross_en
 from tsugiki.kernels.mlp import Feed, feed_forward, reference_feed
 from tsugiki.kernels.norms import reference_rms_norm, reference_rotary, rms_norm, rotary
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 FORMS = [
     (form, activation)
     for form in ("gated", "fused", "plain")

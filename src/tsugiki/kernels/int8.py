@@ -100,6 +100,8 @@ def quantise(
     fused = bodies(x, "int8")
     if fused is not None:
         chance = _noise(x.device) if dither else None
+        if chance is not None and width > len(chance) // 2:
+            chance = chance.repeat(width // len(chance) + 2)
         fused.quantise(x, fold, chance, codes, scale, ratio, LEVELS)
     for rows in _blocks(0 if fused is not None else count, max(1, CELLS // width)):
         block = _wide(x[rows], fold, scratch)
