@@ -21,6 +21,7 @@ from tsugiki.adapters.attach import attach, lora_modules, training_mode
 from tsugiki.config import LoraConfig
 from tsugiki.data.chat import Example
 from tsugiki.device import keep_pages
+from tsugiki.kernels.backend import ON_CPU, hold_plain
 from tsugiki.models.flat import flat_loss, use_flat_attention
 from tsugiki.models.int8 import LEVELS, Int8Products
 from tsugiki.models.quantized import quantize_modules
@@ -32,6 +33,7 @@ from tsugiki.training.scaling import LossScale
 from tsugiki.training.step import LossOf, make_optimizer, optimiser_step
 
 RANK, ALPHA, RATE = 16, 16, 1e-4
+WET = ("ours", "ours-torch", "ours-int8", "ours-nf4")  # with dropout
 Step = Callable[[], float]
 
 
@@ -46,6 +48,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     name = options.worker
     if name.startswith("ours"):
         keep_pages()
+    if name == "ours-torch":
+        hold_plain(ON_CPU)
     model = make_model(config, torch.float32 if name == "peft-fp32" else torch.bfloat16)
     counts = products(model)
     rows = random_rows(config.vocab_size, options.rows, options.length)
@@ -123,7 +127,7 @@ def _ours(
     rows: list[Example],
     scaling: LossScale | None = None,
 ) -> tuple[Step, Tuned | None, LossOf]:
-    dropout = clockwork.DROPOUT if name in ("ours", "ours-int8", "ours-nf4") else 0.0
+    dropout = clockwork.DROPOUT if name in WET else 0.0
     config = LoraConfig(r=RANK, alpha=ALPHA, dropout=dropout, targets=list(shape.targets))
     attach(model, config, generator=torch.Generator().manual_seed(0))
     use_flat_attention(model)

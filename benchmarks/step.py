@@ -27,7 +27,7 @@ from benchmarks.shapes import SHAPES
 
 ROOT = Path(__file__).parent.parent
 CONTESTANTS = (
-    "ours", "ours-dry", "ours-plain", "ours-int8", "ours-nf4",
+    "ours", "ours-dry", "ours-torch", "ours-plain", "ours-int8", "ours-nf4",
     "peft", "peft-dry", "peft-tuned", "peft-fp32",
 )  # fmt: skip
 DROPOUT = 0.05
@@ -35,6 +35,7 @@ FLOORS = ("floor", "floor-int8")
 DESCRIPTIONS = {
     "ours": f"tsugiki, bf16, dropout {DROPOUT}",
     "ours-dry": "tsugiki, bf16, dropout 0",
+    "ours-torch": f"tsugiki without a compiler: plain torch kernels, dropout {DROPOUT}",
     "ours-plain": "tsugiki without replaced modules, bf16, dropout 0",
     "ours-nf4": f"tsugiki --quantize nf4, dropout {DROPOUT}",
     "ours-int8": f"tsugiki --compute int8, dropout {DROPOUT}",
@@ -60,7 +61,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
     parser.add_argument(
         "--against",
-        default="ours-nf4,ours-int8,peft,peft-tuned,peft-fp32,floor",
+        default="ours-torch,ours-nf4,ours-int8,peft,peft-tuned,peft-fp32,floor",
         help="peers, by commas",
     )
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
@@ -213,6 +214,8 @@ def summarise(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace
         ratios["rss ours/peft"] = rows["ours"]["peak_rss"] / rows["peft"]["peak_rss"]
     if "ours-nf4" in rows:
         ratios["ours-nf4/ours"] = rows["ours-nf4"]["step"] / rows["ours"]["step"]
+    if "ours-torch" in rows:
+        ratios["ours-torch/ours"] = rows["ours-torch"]["step"] / rows["ours"]["step"]
     if "ours-int8" in rows:
         ratios["ours-int8/ours"] = rows["ours-int8"]["step"] / rows["ours"]["step"]
         best = max(max(result["int8_rates"].values()) for result in runs["ours-int8"])
