@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from runs import (
     STEPS,
     Running,
@@ -27,6 +28,7 @@ from runs import (
 from tsugiki import files
 from tsugiki.config import build_config, read_yaml
 from tsugiki.errors import NonFiniteError, RunError
+from tsugiki.kernels import backend
 from tsugiki.pipelines import run_training
 from tsugiki.terminal import Terminal
 from tsugiki.training import loop, metrics
@@ -98,6 +100,24 @@ def test_signals_save_and_leave(place: Path, number: int, code: int, start) -> N
     assert "stopped at step" in (place / name / "report.html").read_text()
     in_process(place, name, resume=True)
     assert result(place / name) == result(place / "whole")
+
+
+def test_a_run_keeps_its_kernels(place: Path) -> None:
+    noted = files.read_json(place / "whole" / "decisions.json")["operations"]
+    assert noted == backend.operations(torch.device("cpu"), torch.float32)
+    shutil.copytree(place / "whole", place / "kept")
+    shutil.rmtree(place / "kept" / "adapter")
+    newest = checkpoints(place / "kept" / "checkpoints")[0][1]
+    shutil.rmtree(newest)
+    decisions = files.read_json(place / "kept" / "decisions.json")
+    plain = dict.fromkeys(noted, "torch")
+    files.write_json(place / "kept" / "decisions.json", decisions | {"operations": plain})
+    try:
+        in_process(place, "kept", resume=True)
+        assert backend.bodies(torch.zeros(1), "norms") is None
+    finally:
+        backend.hold_plain(())
+    assert files.read_json(place / "kept" / "decisions.json")["operations"] == plain
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(place: Path) -> None:
