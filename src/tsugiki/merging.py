@@ -43,6 +43,11 @@ from tsugiki.models.shards import (
 
 RECORD = "tsugiki.json"
 CHUNK = 8 << 20  # bytes copied at once
+# Of the base alone: its card, and what tells how its own weights were trained.
+OF_THE_BASE = (
+    "README.md", "__init__.py", "growth.json", "training_info.json", "trainer_state.json",
+    "train_results.json", "eval_results.json", "all_results.json",
+)  # fmt: skip
 TYPES = {
     "f32": "F32", "float32": "F32", "bf16": "BF16", "bfloat16": "BF16", "f16": "F16",
     "float16": "F16",
@@ -243,14 +248,14 @@ def _pieces(plan: MergePlan, placed: Stored) -> Iterator[memoryview]:
 
 
 def _beside(folder: Path) -> list[Path]:
-    """Everything of a model folder that is not weights: configs, tokenizer, templates, licence."""
+    """What travels with new weights: configs, tokenizer, templates, licence; no training record."""
     return [
         file
         for file in sorted(folder.iterdir())
         if file.is_file()
         and file.name[0] != "."
         and not file.name.endswith(NOT_COPIED)
-        and file.name not in (INDEX, RECORD, "README.md", "__init__.py")
+        and file.name not in (INDEX, RECORD, *OF_THE_BASE)
     ]
 
 
