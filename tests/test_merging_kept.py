@@ -24,7 +24,9 @@ from tsugiki.models.load import load_base, resolve_model
 from tsugiki.models.quantized import QuantizedLinear
 from tsugiki.models.shards import open_model
 from tsugiki.models.spec import NameMap
-from tsugiki.shipping import export_gguf, prove
+from tsugiki.proof.checks import Proof
+from tsugiki.proving import prove
+from tsugiki.shipping import export_gguf
 from tsugiki.terminal import Terminal
 from tsugiki.training.objective import held_out_loss
 
@@ -112,10 +114,11 @@ def test_merged_numbers_are_those_of_the_codes(place: Path) -> None:
             assert torch.allclose(tensor, expected, atol=1e-6)
         else:
             assert torch.equal(tensor, expected)
-    assert verify_pair(str(place / "four"), str(folder), Terminal(as_json=True))
-    assert verify_pair(
-        str(place / "four"), str(folder), Terminal(as_json=True), layer_by_layer=True
-    )
+    for layer_by_layer in (False, True):
+        proof = verify_pair(
+            str(place / "four"), str(folder), Terminal(as_json=True), layer_by_layer=layer_by_layer
+        )
+        assert proof is Proof.EQUAL
 
 
 def test_a_proof_on_the_wrong_base_fails(place: Path) -> None:
@@ -123,10 +126,11 @@ def test_a_proof_on_the_wrong_base_fails(place: Path) -> None:
     plan = plan_merge(place / "four" / "adapter", place / "model")
     write_merged(plan, place / "claimed")
     path = place / "claimed" / "tsugiki.json"
-    assert verify_pair(str(place / "four"), str(place / "claimed"), Terminal(as_json=True))
+    pair = (str(place / "four"), str(place / "claimed"), Terminal(as_json=True))
+    assert verify_pair(*pair) is Proof.EQUAL
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "base_kept": "nf4"}))
-    assert not verify_pair(str(place / "four"), str(place / "claimed"), Terminal(as_json=True))
+    assert verify_pair(*pair) is Proof.WRONG
 
 
 def test_rows_that_are_not_there_are_told(place: Path) -> None:
@@ -165,6 +169,6 @@ def test_an_export_takes_the_better_base_too(
     source, model = str(place / "four"), str(place / "model")
     done = export_gguf(source, ["f32", "q8_0"], tmp_path, Terminal(), model=model)
     assert {one.kept for one in done} == {taken}
-    assert prove(source, done, Terminal(), model=model)
+    assert prove(source, done, Terminal(), model=model) is Proof.EQUAL
     other = [replace(one, kept="none" if taken == "nf4" else "nf4") for one in done]
-    assert not prove(source, other, Terminal(), model=model)
+    assert prove(source, other, Terminal(), model=model) is Proof.WRONG

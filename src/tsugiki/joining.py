@@ -20,10 +20,12 @@ from tsugiki.files import human_bytes
 from tsugiki.formats.mixes import find_kind
 from tsugiki.merging import NAMES, Merged, MergePlan, plan_merge, type_code, write_merged
 from tsugiki.models.hub import ResolvedModel
+from tsugiki.stopping import stoppable
 from tsugiki.terminal import Terminal
 
 if TYPE_CHECKING:  # both import transformers, which merging does without
     from tsugiki.proof.artefact import Artefact
+    from tsugiki.proof.checks import Proof, Report
     from tsugiki.proof.gguf.artefact import GgufArtefact
 
 
@@ -81,19 +83,20 @@ def merge_adapter(
     kept, _ = recorded_quantization(plan.changes.record)
     if kept != "none":
         plan = better_merge(plan, kept, base, eval_data, terminal)
-    began = time.monotonic()
-    merged = write_merged(plan, output)
-    seconds = time.monotonic() - began
-    terminal.say(
-        "merged",
-        f"wrote {merged.tensors} tensors, {human_bytes(merged.nbytes)}, in {seconds:.1f} s",
-        folder=str(merged.folder),
-        changed=merged.changed,
-        tensors=merged.tensors,
-        bytes=merged.nbytes,
-        seconds=seconds,
-    )
-    return merged
+    with stoppable("the merge", [output]):
+        began = time.monotonic()
+        merged = write_merged(plan, output)
+        seconds = time.monotonic() - began
+        terminal.say(
+            "merged",
+            f"wrote {merged.tensors} tensors, {human_bytes(merged.nbytes)}, in {seconds:.1f} s",
+            folder=str(merged.folder),
+            changed=merged.changed,
+            tensors=merged.tensors,
+            bytes=merged.nbytes,
+            seconds=seconds,
+        )
+        return merged
 
 
 def better_merge(
@@ -135,8 +138,8 @@ def verify_pair(
     max_kl: float | None = None,
     text: Path | None = None,
     layer_by_layer: bool = False,
-) -> bool:
-    """Compare two artefacts and show the table; true when nothing is beyond its limit.
+) -> Proof:
+    """Compare two artefacts and show the table.
 
     Args:
         reference, candidate: adapter or run folders, model folders, Hub names, FILE.gguf,
@@ -172,22 +175,29 @@ def verify_pair(
         kind = None if dtype is None else find_kind(dtype).name
         with llama_if_there(torch.get_num_threads()) as llama:
             report = verify_gguf(first, second, llama, dtype=kind, **how)
+    return tell_report(report, terminal, time.monotonic() - began)
+
+
+def tell_report(report: Report, terminal: Terminal, seconds: float) -> Proof:
+    """The table of a comparison, and what it proves."""
+    from tsugiki.proof.checks import Proof
+
     for note in report.notes:
         terminal.say("note", Text(f"note: {note}", style="yellow"), text=note)
     terminal.heading(f"{report.candidate} against {report.reference}")
     terminal.say("verify", report.table(), **report.data())
-    failed = [check for check in report.checks if not check.ok]
-    seconds = time.monotonic() - began
+    failed = [check.name for check in report.checks if not check.ok]
+    count, proof = len(report.checks), report.proof
+    verdict = {
+        Proof.EQUAL: Text(f"equal in all {count} comparisons ({seconds:.1f} s)", "green"),
+        Proof.WRONG: Text(f"{len(failed)} of {count} comparisons failed", "bold red"),
+        Proof.UNPROVEN: Text(f"equal in {count} comparisons, not proven: see above", "yellow"),
+    }[proof]
     terminal.say(
-        "verdict",
-        Text(f"{len(failed)} of {len(report.checks)} comparisons failed", style="bold red")
-        if failed
-        else Text(f"equal in all {len(report.checks)} comparisons ({seconds:.1f} s)", "green"),
-        ok=report.ok,
-        failed=[check.name for check in failed],
+        "verdict", verdict, ok=report.ok, whole=proof is not Proof.UNPROVEN, failed=failed,
         seconds=seconds,
-    )
-    return report.ok
+    )  # fmt: skip
+    return proof
 
 
 def open_either(given: str, model: str | None, accept_base: bool) -> Artefact | GgufArtefact:

@@ -30,6 +30,7 @@ from tsugiki.formats.gguf_encode import DIRECT
 from tsugiki.formats.mixes import find_kind
 from tsugiki.merging import MergePlan, type_code
 from tsugiki.models.hub import ResolvedModel, resolve_model
+from tsugiki.stopping import stoppable
 from tsugiki.terminal import Terminal
 
 
@@ -94,9 +95,12 @@ def export_gguf(
         output=str(first.parent),
     )
     require_space(first, need, "the exported files")
-    done = [_written(plan, name, path, terminal) for name, path in paths.items() if name in DIRECT]
-    if quantised:
-        done += _quantised(plan, exact, paths, terminal)
+    with stoppable("the export", paths.values()):
+        done = [
+            _written(plan, name, path, terminal) for name, path in paths.items() if name in DIRECT
+        ]
+        if quantised:
+            done += _quantised(plan, exact, paths, terminal)
     done = [replace(one, kept=joined.base.kept) for one in done]
     done.sort(key=lambda shipped: types.index(shipped.dtype))
     smallest = min(done, key=lambda shipped: shipped.nbytes).path
@@ -155,43 +159,12 @@ def export_lora(
     _refuse_existing({"lora": path})
     plan = plan_lora(joined, stem)
     began = time.monotonic()
-    size = write_lora(plan, path)
-    shipped = Shipped(path, "lora", {"F32": len(plan.tensors)}, size)
-    _tell(shipped, terminal, time.monotonic() - began)
-    tell_runs(terminal, run_lora(path))
-    return shipped
-
-
-def prove(
-    source: str,
-    done: Sequence[Shipped],
-    terminal: Terminal,
-    *,
-    model: str | None = None,
-    accept_base: bool = False,
-    text: str | None = None,
-) -> bool:
-    """Hold what was written to what it was made of; true when nothing is beyond its limits.
-
-    text: what is read for the perplexities; passages of this toolkit when None.
-
-    Raises:
-        TsugikiError: what was exported cannot be read a second time.
-    """
-    from tsugiki.joining import open_either
-    from tsugiki.models.kept import as_kept
-    from tsugiki.proof.artefact import Artefact
-    from tsugiki.proof.gguf.artefact import open_gguf_artefact
-    from tsugiki.proving import prove_files, prove_lora
-
-    reference = open_either(source, model, accept_base)
-    if isinstance(reference, Artefact) and done[0].kept != "none":
-        reference = replace(reference, stored=as_kept(reference.stored, done[0].kept))
-    if done[0].dtype == "lora":
-        assert isinstance(reference, Artefact)
-        return prove_lora(reference, done[0].path, terminal)
-    files = [(open_gguf_artefact(str(one.path), one.path, None), one.dtype) for one in done]
-    return prove_files(reference, files, terminal, text)
+    with stoppable("the export", [path]):
+        size = write_lora(plan, path)
+        shipped = Shipped(path, "lora", {"F32": len(plan.tensors)}, size)
+        _tell(shipped, terminal, time.monotonic() - began)
+        tell_runs(terminal, run_lora(path))
+        return shipped
 
 
 def export_portable(
@@ -342,7 +315,8 @@ def _quantise_again(
             stem = stem[: -len(mark) - 1]
     paths = file_names(types, stem, output or source.parent)
     _refuse_existing(paths)
-    return [_quantise(source, name, path, terminal) for name, path in paths.items()]
+    with stoppable("the export", paths.values()):
+        return [_quantise(source, name, path, terminal) for name, path in paths.items()]
 
 
 def _quantise(source: Path, dtype: str, path: Path, terminal: Terminal) -> Shipped:

@@ -1,0 +1,40 @@
+"""A Ctrl-C in work that cannot go on from its middle: what stopped, what is whole, how to go on.
+
+Writers leave nothing half-written however they end (files.py); this only says so. Training, which
+saves and resumes, has signals of its own (training/signals.py). Knows nothing of what is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tsugiki.errors import Interrupted
+
+AGAIN = "run the same command again"
+
+
+@contextlib.contextmanager
+def stoppable(work: str, outputs: Iterable[Path] = (), again: str = "") -> Iterator[None]:
+    """Around work that a Ctrl-C ends.
+
+    Args:
+        work: what is told to have stopped.
+        outputs: what the work writes; what is there already is not its own.
+        again: how to do the rest; the same command, without what is whole, when empty.
+
+    Raises:
+        Interrupted: on a Ctrl-C.
+    """
+    own = [path for path in outputs if not path.exists()]
+    try:
+        yield
+    except KeyboardInterrupt:
+        whole = ", ".join(str(path) for path in own if path.exists())
+        kept = f"; whole, not proven: {whole}" if whole else ""
+        rest = f"remove it, or leave it out, and {AGAIN}" if whole else AGAIN
+        raise Interrupted(
+            f"{work} was stopped; nothing half-written is left{kept}", signal.SIGINT, again or rest
+        ) from None
