@@ -7,23 +7,27 @@ Merging imports no transformers: the proof, a step of its own, does.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.text import Text
 
+from tsugiki.adapters.joined import Joined
 from tsugiki.adapters.origin import adapter_folder, find_base
 from tsugiki.adapters.record import recorded_quantization
 from tsugiki.errors import DataError
 from tsugiki.files import human_bytes
 from tsugiki.formats.mixes import find_kind
-from tsugiki.merging import NAMES, Merged, MergePlan, plan_merge, type_code, write_merged
+from tsugiki.merging import NAMES, Merged, plan_merge, type_code, write_merged
 from tsugiki.models.hub import ResolvedModel
 from tsugiki.stopping import stoppable
 from tsugiki.terminal import Terminal
 
-if TYPE_CHECKING:  # both import transformers, which merging does without
+if TYPE_CHECKING:  # all import transformers, which merging does without
+    from tsugiki.judging import Form
     from tsugiki.proof.artefact import Artefact
     from tsugiki.proof.checks import Proof, Report
     from tsugiki.proof.gguf.artefact import GgufArtefact
@@ -82,7 +86,12 @@ def merge_adapter(
     )
     kept, _ = recorded_quantization(plan.changes.record)
     if kept != "none":
-        plan = better_merge(plan, kept, base, eval_data, terminal)
+        from tsugiki.judging import merged_form, onto
+
+        form = merged_form(plan, kept)
+        (taken,) = choose_bases(plan.joined, kept, [form], base, eval_data, terminal)
+        if taken == kept:
+            plan = replace(plan, joined=onto(plan.joined, kept))
     with stoppable("the merge", [output]):
         began = time.monotonic()
         merged = write_merged(plan, output)
@@ -99,31 +108,36 @@ def merge_adapter(
         return merged
 
 
-def better_merge(
-    plan: MergePlan, kept: str, base: ResolvedModel, rows: Path | None, terminal: Terminal
-) -> MergePlan:
-    """The merge into the better of two bases; what was measured is told."""
-    from tsugiki.judging import better_base
+def choose_bases(
+    joined: Joined,
+    kept: str,
+    forms: Sequence[Form],
+    base: ResolvedModel,
+    rows: Path | None,
+    terminal: Terminal,
+) -> list[str]:
+    """How the better base of each form is kept; what was measured is told."""
+    from tsugiki.judging import better_bases
 
-    judged = better_base(plan, kept, base, rows)
-    taken = judged.plan.base.kept
     names = {kept: f"the {kept} numbers that training saw", "none": "the stored weights"}
-    if judged.losses:
-        found = ", ".join(f"{loss:.5f} on {names[key]}" for key, loss in judged.losses.items())
-        text = (
-            f"trained on its base in {kept}; held-out loss merged as {judged.dtype}, "
-            f"{judged.rows} rows: {found}; taking {names[taken]}"
-        )
-    else:
-        text = (
-            f"trained on its base in {kept}; taking {names[taken]}, not measured against "
-            f"{names['none']}: {judged.reason} (--eval-data FILE measures both)"
-        )
-    terminal.say(
-        "merge_base", text, taken=taken, losses=judged.losses, rows=judged.rows,
-        dtype=judged.dtype, reason=judged.reason,
-    )  # fmt: skip
-    return judged.plan
+    found = better_bases(joined, kept, forms, base, rows)
+    for one in found:
+        if one.losses:
+            both = ", ".join(f"{loss:.5f} on {names[key]}" for key, loss in one.losses.items())
+            text = (
+                f"trained on its base in {kept}; held-out loss merged as {one.form}, "
+                f"{one.rows} rows: {both}; taking {names[one.kept]}"
+            )
+        else:
+            text = (
+                f"trained on its base in {kept}; taking {names[one.kept]} for {one.form}, not "
+                f"measured against {names['none']}: {one.reason} (--eval-data FILE measures both)"
+            )
+        terminal.say(
+            "merge_base", text, taken=one.kept, losses=one.losses, rows=one.rows, dtype=one.form,
+            reason=one.reason,
+        )  # fmt: skip
+    return [one.kept for one in found]
 
 
 def verify_pair(

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -65,34 +65,41 @@ def prove(
     if done[0].dtype == "lora":
         assert isinstance(reference, Artefact)
         return prove_lora(reference, done[0].path, terminal)
-    files = [(open_gguf_artefact(str(one.path), one.path, None), one.dtype) for one in done]
-    if isinstance(reference, Artefact) and done[0].kept != "none":
-        reference = replace(reference, stored=as_kept(reference.stored, done[0].kept))
-    return prove_files(reference, files, terminal, text)
+    references = {
+        kept: replace(reference, stored=as_kept(reference.stored, kept))
+        if isinstance(reference, Artefact) and kept != "none"
+        else reference
+        for kept in {one.kept for one in done}
+    }
+    files = [
+        (one.kept, open_gguf_artefact(str(one.path), one.path, None), one.dtype) for one in done
+    ]
+    return prove_files(references, files, terminal, text)
 
 
 def prove_files(
-    reference: Side,
-    files: Sequence[tuple[GgufArtefact, str | None]],
+    references: Mapping[str, Side],
+    files: Sequence[tuple[str, GgufArtefact, str | None]],
     terminal: Terminal,
     text: str | None = None,
 ) -> Proof:
-    """Compare each file with its reference, which runs once.
+    """Compare each file with its reference, each of which runs once.
 
     Args:
-        files: each with the type that was asked of it.
+        references: by how the base's numbers were taken.
+        files: each with its reference, and the type that was asked of it.
         text: what is read for the perplexities; passages of this toolkit when None.
     """
     with llama_if_there(torch.get_num_threads()) as llama:
 
         @cache
-        def reading() -> Reading:
+        def reading(kept: str) -> Reading:
             assert llama is not None
-            return read_reference(reference, llama, memory=free_memory("cpu"), text=text)
+            return read_reference(references[kept], llama, memory=free_memory("cpu"), text=text)
 
         reports = [
-            verify_gguf(reference, file, llama, dtype=asked, reading=reading)
-            for file, asked in files
+            verify_gguf(references[kept], file, llama, dtype=asked, reading=partial(reading, kept))
+            for kept, file, asked in files
         ]
     return show_reports(reports, terminal)
 
@@ -115,7 +122,7 @@ def prove_lora(reference: Artefact, lora: Path, terminal: Terminal) -> Proof:
             )
             return Proof.UNPROVEN
         file = open_gguf_artefact(f"BASE.gguf+{lora.name}", base, lora)
-        return prove_files(reference, [(file, None)], terminal)
+        return prove_files({"none": reference}, [("none", file, None)], terminal)
 
 
 def prove_portable(
