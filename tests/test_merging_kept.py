@@ -14,7 +14,9 @@ import torch
 from families import save_tiny
 from runs import forked, in_process, make_place
 from safetensors.torch import load_file
+from test_merging_forms import our_adapter
 from tokenizers_for_tests import CHATML, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from tsugiki.adapters.joined import join
 from tsugiki.data.chat import Example
@@ -33,7 +35,9 @@ from tsugiki.models.load import load_base, resolve_model
 from tsugiki.models.quantized import QuantizedLinear
 from tsugiki.models.shards import open_model
 from tsugiki.models.spec import NameMap
+from tsugiki.proof.artefact import open_artefact
 from tsugiki.proof.checks import Proof
+from tsugiki.proof.logits import logits_of, make_probe
 from tsugiki.proving import prove
 from tsugiki.shipping import export_gguf
 from tsugiki.terminal import Terminal
@@ -95,6 +99,26 @@ def test_what_is_seen_is_what_a_run_computes_with(tmp_path: Path, family: str, m
         assert torch.equal(found, expected)
         assert bytes(seen.bytes_of(tensor)) == expected.contiguous().numpy().tobytes()
         assert (name in modules) == (not torch.equal(found, stored.tensor(name)))
+
+
+def test_the_proof_runs_on_the_very_numbers_that_are_merged(tmp_path: Path) -> None:
+    """Of a base stored in 16 bits: loaded or streamed, the codes' numbers rounded as it is."""
+    base = save_tiny("llama", tmp_path / "base", tiny_tokenizer(CHATML))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model.save_pretrained(base)
+    our_adapter(base, tmp_path / "adapter")
+    artefact = open_artefact(str(tmp_path / "adapter"))
+    seen = replace(artefact, stored=as_kept(artefact.stored, "nf4"))
+    probe = make_probe(seen)
+    loaded, plain, _ = logits_of(seen, probe)
+    streamed, _, held = logits_of(seen, probe, memory=0)
+    assert held > 0
+    spread = float(streamed.std())
+    assert float((loaded - streamed).abs().max()) < 1e-5 * spread
+    stored = logits_of(artefact, probe)[0]
+    assert float((loaded - stored).abs().max()) > 0.1 * spread, "not the stored weights"
+    assert plain is not None
+    assert float((loaded - plain).abs().max()) > 0.1 * spread, "with the adapter"
 
 
 def test_the_better_base_is_taken_and_written(place: Path) -> None:
