@@ -148,9 +148,9 @@ def logits_of(
     need = sum(4 * t.nbytes // t.dtype.itemsize for t in artefact.stored.tensors.values())
     if memory is None or need * LOADING <= memory:
         base = load_base(artefact.resolved, dtype=torch.float32)
-        put_kept(
-            base.model, NameMap(base.spec.meta_model(), artefact.stored.tensors), artefact.stored
-        )
+        if artefact.stored.through:
+            names = NameMap(base.spec.meta_model(), artefact.stored.tensors)
+            put_kept(base.model, names, artefact.stored)
         if artefact.changes is not None:
             plain = run(base, probe)
         artefact.attach(base.model)
