@@ -14,7 +14,7 @@ import pytest
 from test_merging_peft import TOKENIZER
 
 from tsugiki.errors import Interrupted
-from tsugiki.stopping import stoppable
+from tsugiki.stopping import stoppable, will_write
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import merge_memory
@@ -77,10 +77,26 @@ def test_an_export(place: Path) -> None:
     assert [path.name for path in (place / "out").iterdir()] == [first.name]
 
 
-def test_a_proof_and_what_is_told() -> None:
-    with pytest.raises(Interrupted) as error, stoppable("the proof of x", again="tsugiki verify"):
+def test_what_is_told(tmp_path: Path) -> None:
+    """Only what was written since is whole; a proof inside has a way on of its own."""
+    (tmp_path / "old").touch()
+
+    def work() -> None:
+        will_write([tmp_path / "old", tmp_path / "new", tmp_path / "never"])
+        (tmp_path / "new").touch()
         raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as error, stoppable("the work"):
+        work()
     assert error.value.exit_code == 130
+    assert error.value.problem.endswith(f"left; whole, not proven: {tmp_path / 'new'}")
+    with (
+        pytest.raises(Interrupted) as error,
+        stoppable("the work"),
+        stoppable("the proof of x", "tsugiki verify x"),
+    ):
+        raise KeyboardInterrupt
     assert (error.value.problem, error.value.fix) == (
-        "the proof of x was stopped; nothing half-written is left", "tsugiki verify",
+        "the proof of x was stopped; nothing half-written is left", "tsugiki verify x",
     )  # fmt: skip
+    will_write([tmp_path / "alone"])  # without anything around it changes nothing

@@ -146,12 +146,11 @@ def merge(
         from tsugiki.joining import merge_adapter, verify_pair
 
         merged = merge_adapter(adapter, output, terminal, untie=untie, eval_data=eval_data, **how)
-    if no_verify:
-        return
-    base = f" --model {model}" if model else ""
-    later = f"tsugiki verify {adapter} {merged.folder}{base}"
-    with stoppable(f"the proof of {merged.folder}", again=later):
-        proof = verify_pair(str(adapter), str(merged.folder), terminal, **how)
+        if no_verify:
+            return
+        later = f"tsugiki verify {adapter} {merged.folder}" + (f" --model {model}" if model else "")
+        with stoppable(f"the proof of {merged.folder}", later):
+            proof = verify_pair(str(adapter), str(merged.folder), terminal, **how)
     raise typer.Exit(proof.value)
 
 

@@ -65,15 +65,15 @@ def export(
             else:
                 done = [shipping.export_lora(source, output, terminal, **how)]
             paths = [one.path for one in done]
-    if no_verify:
-        return
-    what = ", ".join(str(path) for path in paths)
-    later = f"tsugiki verify {source} {'BASE.gguf+' if gguf_lora else ''}{paths[0]}"
-    with stoppable(f"the proof of {what}", again=later + (f" --model {model}" if model else "")):
-        from tsugiki import proving
+        if no_verify:
+            return
+        what = ", ".join(str(path) for path in paths)
+        later = f"tsugiki verify {source} {'BASE.gguf+' if gguf_lora else ''}{paths[0]}"
+        with stoppable(f"the proof of {what}", later + (f" --model {model}" if model else "")):
+            from tsugiki import proving
 
-        if portable:
-            proof = proving.prove_portable(source, paths[0], terminal, **how)
-        else:
-            proof = proving.prove(source, done, terminal, **how)
+            if portable:
+                proof = proving.prove_portable(source, paths[0], terminal, **how)
+            else:
+                proof = proving.prove(source, done, terminal, **how)
     raise typer.Exit(proof.value)

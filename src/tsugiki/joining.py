@@ -23,7 +23,7 @@ from tsugiki.files import human_bytes
 from tsugiki.formats.mixes import find_kind
 from tsugiki.merging import NAMES, Merged, plan_merge, type_code, write_merged
 from tsugiki.models.hub import ResolvedModel
-from tsugiki.stopping import stoppable
+from tsugiki.stopping import will_write
 from tsugiki.terminal import Terminal
 
 if TYPE_CHECKING:  # all import transformers, which merging does without
@@ -92,20 +92,20 @@ def merge_adapter(
         (taken,) = choose_bases(plan.joined, kept, [form], base, eval_data, terminal)
         if taken == kept:
             plan = replace(plan, joined=onto(plan.joined, kept))
-    with stoppable("the merge", [output]):
-        began = time.monotonic()
-        merged = write_merged(plan, output)
-        seconds = time.monotonic() - began
-        terminal.say(
-            "merged",
-            f"wrote {merged.tensors} tensors, {human_bytes(merged.nbytes)}, in {seconds:.1f} s",
-            folder=str(merged.folder),
-            changed=merged.changed,
-            tensors=merged.tensors,
-            bytes=merged.nbytes,
-            seconds=seconds,
-        )
-        return merged
+    will_write([output])
+    began = time.monotonic()
+    merged = write_merged(plan, output)
+    seconds = time.monotonic() - began
+    terminal.say(
+        "merged",
+        f"wrote {merged.tensors} tensors, {human_bytes(merged.nbytes)}, in {seconds:.1f} s",
+        folder=str(merged.folder),
+        changed=merged.changed,
+        tensors=merged.tensors,
+        bytes=merged.nbytes,
+        seconds=seconds,
+    )
+    return merged
 
 
 def choose_bases(

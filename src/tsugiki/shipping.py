@@ -29,7 +29,7 @@ from tsugiki.files import atomic_write, human_bytes, require_space
 from tsugiki.formats.gguf_encode import DIRECT
 from tsugiki.formats.mixes import find_kind
 from tsugiki.models.hub import ResolvedModel, resolve_model
-from tsugiki.stopping import stoppable
+from tsugiki.stopping import will_write
 from tsugiki.terminal import Terminal
 
 
@@ -99,11 +99,11 @@ def export_gguf(
         output=str(first.parent),
     )
     require_space(first, need, "the exported files")
+    will_write(paths.values())
     done = []
-    with stoppable("the export", paths.values()):
-        for kept, group in groups.items():
-            files = _written_on(plans[kept], exact, group, terminal)
-            done += [replace(one, kept=kept) for one in files]
+    for kept, group in groups.items():
+        files = _written_on(plans[kept], exact, group, terminal)
+        done += [replace(one, kept=kept) for one in files]
     done.sort(key=lambda shipped: types.index(shipped.dtype))
     smallest = min(done, key=lambda shipped: shipped.nbytes).path
     tell_runs(terminal, run_gguf(smallest, _modelfile(joined, smallest, stem, terminal), stem))
@@ -169,12 +169,12 @@ def export_lora(
     _refuse_existing({"lora": path})
     plan = plan_lora(joined, stem)
     began = time.monotonic()
-    with stoppable("the export", [path]):
-        size = write_lora(plan, path)
-        shipped = Shipped(path, "lora", {"F32": len(plan.tensors)}, size)
-        _tell(shipped, terminal, time.monotonic() - began)
-        tell_runs(terminal, run_lora(path))
-        return shipped
+    will_write([path])
+    size = write_lora(plan, path)
+    shipped = Shipped(path, "lora", {"F32": len(plan.tensors)}, size)
+    _tell(shipped, terminal, time.monotonic() - began)
+    tell_runs(terminal, run_lora(path))
+    return shipped
 
 
 def export_portable(
@@ -195,6 +195,7 @@ def export_portable(
     own = folder.name == "adapter"
     home = folder.with_name("portable" if own else f"{folder.name}-portable")
     made = make_portable(joined)
+    will_write([output or home])
     path = write_portable(made, output or home)
     terminal.say(
         "portable",
@@ -329,8 +330,8 @@ def _quantise_again(
             stem = stem[: -len(mark) - 1]
     paths = file_names(types, stem, output or source.parent)
     _refuse_existing(paths)
-    with stoppable("the export", paths.values()):
-        return [_quantise(source, name, path, terminal) for name, path in paths.items()]
+    will_write(paths.values())
+    return [_quantise(source, name, path, terminal) for name, path in paths.items()]
 
 
 def _quantise(source: Path, dtype: str, path: Path, terminal: Terminal) -> Shipped:
