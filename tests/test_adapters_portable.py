@@ -12,14 +12,20 @@ import peft
 import pytest
 import torch
 from families import FAMILIES
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_exporting_gguf import save_variant
+from test_merging_forms import our_adapter
 from test_merging_peft import TOKENIZER, peft_adapter
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from tsugiki.adapters.joined import join
 from tsugiki.adapters.portable import make_portable, write_portable
+from tsugiki.cli import app
 from tsugiki.errors import TsugikiError
+from tsugiki.models.load import load_tokenizer, resolve_model
+from tsugiki.proof.checks import Proof
+from tsugiki.proving import prove_portable
 from tsugiki.shipping import export_portable
 from tsugiki.terminal import Terminal
 
@@ -80,6 +86,31 @@ def test_every_kind_of_scale(kind: str, tmp_path: Path) -> None:
         float((a - b).abs().max() / a.std()) < 5e-5
     )  # √8 and α/r round otherwise than a product with B
     assert config["r"] == (8 if kind in ("rslora", "patterns") else 4)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "gpt2", "ours, with a template of its own"])
+def test_it_proves_itself_and_a_fault_is_found(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_variant("gpt2" if kind == "gpt2" else "llama", tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if kind.startswith("ours"):
+            our_adapter(base, tmp_path / "adapter", "alpaca")
+            load_tokenizer(resolve_model(str(base))).save_pretrained(tmp_path / "adapter")
+        else:
+            peft_adapter(base, tmp_path / "adapter", **{"lora_alpha": 16, **KINDS.get(kind, {})})
+    how = ["--model", str(base), "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "adapter"), "--portable", *how])
+    assert done.exit_code == 0, done.output
+    assert "equal in all" in done.output
+    path = tmp_path / "out" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name, tensor in tensors.items() if "_B" in name and tensor.any())
+    save_file({**tensors, name: tensors[name] * 1.01}, path, metadata={"format": "pt"})
+    proof = prove_portable(str(tmp_path / "adapter"), tmp_path / "out", Terminal(), model=str(base))
+    assert proof is Proof.WRONG
+    assert "coefficient" in capsys.readouterr().out
 
 
 def test_gpt2s_two_projections_of_one_name(tmp_path: Path) -> None:

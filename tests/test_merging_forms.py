@@ -173,16 +173,24 @@ def test_an_adapters_own_template_is_kept(tmp_path: Path) -> None:
     assert report.ok, failures(report)
 
 
-def test_files_beside_the_weights_are_kept_and_pickles_are_not(tmp_path: Path) -> None:
+def test_files_beside_the_weights_are_kept_and_the_bases_own_story_is_not(tmp_path: Path) -> None:
+    """Pickles neither; sprout's growth.json tells of weights that the merged ones no longer are."""
+    kept = ("tokenizer.model", "merges.txt", "LICENSE", "generation_config.json")
+    left = ("pytorch_model.bin", "old.gguf", "growth.json", "trainer_state.json", "README.md")
     base = save_tiny("llama", tmp_path / "base", TOKENIZER)
-    for name in ("tokenizer.model", "merges.txt", "LICENSE", "pytorch_model.bin", "old.gguf"):
-        (base / name).write_bytes(name.encode())
+    for name in (*kept, *left):
+        (base / name).write_text(json.dumps({"name": name}))
     peft_adapter(base, tmp_path / "adapter")
     write_merged(plan_merge(tmp_path / "adapter", base), tmp_path / "out")
-    kept = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    for name in ("tokenizer.model", "merges.txt", "LICENSE"):
-        assert kept[name] == name.encode()
-    assert not {"pytorch_model.bin", "old.gguf"} & set(kept)
+    for name in kept:
+        assert json.loads((tmp_path / "out" / name).read_text()) == {"name": name}
+    assert not {p.name for p in (tmp_path / "out").iterdir()} & set(left)
+    sprout = resolve_model(None).folder
+    beside = {p.name for p in sprout.iterdir()} - {"model.safetensors"}
+    our_adapter(sprout, tmp_path / "ours")
+    write_merged(plan_merge(tmp_path / "ours", sprout), tmp_path / "grafted")
+    written = {p.name for p in (tmp_path / "grafted").iterdir()}
+    assert beside - written == {"growth.json", "README.md"}
 
 
 def test_perplexities_on_a_text(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,36 @@ import torch
 from families import save_tiny
 from runs import forked, in_process, make_place
 from safetensors.torch import load_file
+from test_merging_forms import our_adapter
 from tokenizers_for_tests import CHATML, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
+from tsugiki.adapters.joined import join
+from tsugiki.data.chat import Example
 from tsugiki.errors import DataError
+from tsugiki.exporting.gguf import ExportPlan, plan_export, write_gguf
+from tsugiki.formats.gguf_encode import DIRECT
+from tsugiki.formats.gguf_file import open_gguf
+from tsugiki.formats.llama_cpp.process import LlamaCpp
+from tsugiki.formats.quantise import quantise_file
 from tsugiki.joining import merge_adapter, verify_pair
-from tsugiki.judging import better_base, held_out_rows, onto, written_type
+from tsugiki.judging import better_bases, held_out_rows, merged_form, onto, written_type
 from tsugiki.merging import plan_merge, write_merged
+from tsugiki.models.hub import ResolvedModel
 from tsugiki.models.kept import as_kept
 from tsugiki.models.load import load_base, resolve_model
 from tsugiki.models.quantized import QuantizedLinear
 from tsugiki.models.shards import open_model
 from tsugiki.models.spec import NameMap
-from tsugiki.shipping import export_gguf, prove
+from tsugiki.proof.artefact import open_artefact
+from tsugiki.proof.checks import Proof
+from tsugiki.proof.logits import logits_of, make_probe
+from tsugiki.proving import prove
+from tsugiki.shipping import export_gguf
 from tsugiki.terminal import Terminal
 from tsugiki.training.objective import held_out_loss
+
+TYPES = ["bf16", "q8_0", "q4_k_m", "q2_k"]
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +57,22 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Listening(Terminal):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(as_json=True)
+        self.said: list[dict[str, Any]] = []
+
+    def say(self, kind: str, show: Any, **data: Any) -> None:
+        self.said.append({"kind": kind, **data})
+
+
 def merge(place: Path, output: str, **more: Any) -> tuple[Path, dict[str, Any]]:
     """The merged folder, and what was said of its base."""
-    said: list[dict[str, Any]] = []
-
-    class Listening(Terminal):
-        def say(self, kind: str, show: Any, **data: Any) -> None:
-            said.append({"kind": kind, **data})
-
-    merged = merge_adapter(place / "four", place / output, Listening(), **more)
-    found = next(one for one in said if one["kind"] == "merge_base")
+    listening = Listening()
+    merged = merge_adapter(place / "four", place / output, listening, **more)
+    found = next(one for one in listening.said if one["kind"] == "merge_base")
     assert merged.changed == (6 if found["taken"] == "none" else 21)
     return place / output, found
 
@@ -78,21 +101,108 @@ def test_what_is_seen_is_what_a_run_computes_with(tmp_path: Path, family: str, m
         assert (name in modules) == (not torch.equal(found, stored.tensor(name)))
 
 
+def test_the_proof_runs_on_the_very_numbers_that_are_merged(tmp_path: Path) -> None:
+    """Of a base stored in 16 bits: loaded or streamed, the codes' numbers rounded as it is."""
+    base = save_tiny("llama", tmp_path / "base", tiny_tokenizer(CHATML))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model.save_pretrained(base)
+    our_adapter(base, tmp_path / "adapter")
+    artefact = open_artefact(str(tmp_path / "adapter"))
+    seen = replace(artefact, stored=as_kept(artefact.stored, "nf4"))
+    probe = make_probe(seen)
+    loaded, plain, _ = logits_of(seen, probe)
+    streamed, _, held = logits_of(seen, probe, memory=0)
+    assert held > 0
+    spread = float(streamed.std())
+    assert float((loaded - streamed).abs().max()) < 1e-5 * spread
+    stored = logits_of(artefact, probe)[0]
+    assert float((loaded - stored).abs().max()) > 0.1 * spread, "not the stored weights"
+    assert plain is not None
+    assert float((loaded - plain).abs().max()) > 0.1 * spread, "with the adapter"
+
+
 def test_the_better_base_is_taken_and_written(place: Path) -> None:
     """Both figures are those of folders that were written and loaded; the proof knows the base."""
     plan = plan_merge(place / "four" / "adapter", place / "model", dtype="bf16")
     resolved = resolve_model(str(place / "model"))
-    judged = better_base(plan, "nf4", resolved, None)
-    examples = held_out_rows(plan, resolved, None)
+    form = merged_form(plan, "nf4")
+    (judged,) = better_bases(plan.joined, "nf4", [form], resolved, None)
+    examples = held_out_rows(plan.changes, resolved, None)
     assert not isinstance(examples, str)
     assert judged.rows == len(examples) == 4
-    assert judged.dtype == written_type(plan) == "bfloat16"
+    assert judged.form == written_type(plan) == "bfloat16"
     for kept, loss in judged.losses.items():
-        write_merged(plan if kept == "none" else onto(plan, kept), place / f"by-{kept}")
+        joined = plan.joined if kept == "none" else onto(plan.joined, kept)
+        write_merged(replace(plan, joined=joined), place / f"by-{kept}")
         base = load_base(resolve_model(str(place / f"by-{kept}")), dtype=torch.bfloat16)
         assert held_out_loss(base, examples) == pytest.approx(loss, rel=1e-6)
     assert judged.losses["nf4"] != judged.losses["none"]
-    assert judged.plan.base.kept == min(judged.losses, key=lambda kept: judged.losses[kept])
+    assert judged.kept == min(judged.losses, key=lambda kept: judged.losses[kept])
+
+
+def test_each_gguf_type_is_judged_in_that_very_type(place: Path, tmp_path: Path) -> None:
+    """Both figures of each are those of a file that was written so, read back, run by llama.cpp."""
+    source, model = place / "four" / "adapter", place / "model"
+    listening = Listening()
+    done = export_gguf(str(source), TYPES, tmp_path / "out", listening, model=str(model))
+    said = {one["dtype"]: one for one in listening.said if one["kind"] == "merge_base"}
+    assert list(said) == TYPES
+    joined = join(model, source)
+    resolved = resolve_model(str(model))
+    examples = held_out_rows(joined.changes, resolved, None)
+    assert not isinstance(examples, str)
+    plans = {"none": plan_export(joined, "x"), "nf4": plan_export(onto(joined, "nf4"), "x")}
+    by_candidate = {}
+    with LlamaCpp(1) as llama:
+        for kept, plan in plans.items():
+            exact = write_gguf(plan, "f32", tmp_path / f"{kept}.gguf").path
+            for dtype in TYPES:
+                path = tmp_path / f"{kept}-{dtype}.gguf"
+                if dtype in DIRECT:
+                    write_gguf(plan, dtype, path)
+                else:
+                    quantise_file(exact, path, dtype, 1)
+                told = said[dtype]["losses"][kept]
+                assert read_back_loss(path, plan, resolved, examples, dtype) == told
+                assert llama_loss(path, examples, llama) == pytest.approx(told, abs=0.03)
+                by_candidate[dtype, kept] = told
+    assert len(set(by_candidate.values())) == 2 * len(TYPES), "no figure stands for two"
+    for shipped in done:
+        losses = said[shipped.dtype]["losses"]
+        assert shipped.kept == said[shipped.dtype]["taken"] == min(losses, key=losses.get)
+        same = tmp_path / f"{shipped.kept}-{shipped.dtype}.gguf"
+        for name in open_gguf(same).tensors:
+            assert (
+                open_gguf(shipped.path).raw(name).tobytes() == open_gguf(same).raw(name).tobytes()
+            )
+
+
+def read_back_loss(
+    path: Path, plan: ExportPlan, resolved: ResolvedModel, examples: Sequence[Example], dtype: str
+) -> float:
+    """Of a model that is given the file's numbers."""
+    base = load_base(resolved, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    parameters = dict(base.model.named_parameters())
+    file = open_gguf(path)
+    with torch.no_grad():
+        for source in plan.sources:
+            assert source.stored is not None
+            values = torch.from_numpy(file.values(source.place.name).copy())
+            parameters[source.stored.name].copy_(source.place.restore(values))
+    return held_out_loss(base, examples)
+
+
+def llama_loss(path: Path, examples: Sequence[Example], llama: LlamaCpp) -> float:
+    """Mean nats per labelled token, by llama.cpp's own arithmetic."""
+    total, count = 0.0, 0
+    for example, logits in zip(
+        examples, llama.each_logits(path, [e.ids for e in examples]), strict=True
+    ):
+        labels = torch.tensor(example.labels)[1:]
+        rows = torch.from_numpy(logits.copy())[:-1]
+        total += float(torch.nn.functional.cross_entropy(rows, labels, reduction="sum"))
+        count += int((labels != -100).sum())
+    return total / count
 
 
 def test_merged_numbers_are_those_of_the_codes(place: Path) -> None:
@@ -112,10 +222,11 @@ def test_merged_numbers_are_those_of_the_codes(place: Path) -> None:
             assert torch.allclose(tensor, expected, atol=1e-6)
         else:
             assert torch.equal(tensor, expected)
-    assert verify_pair(str(place / "four"), str(folder), Terminal(as_json=True))
-    assert verify_pair(
-        str(place / "four"), str(folder), Terminal(as_json=True), layer_by_layer=True
-    )
+    for layer_by_layer in (False, True):
+        proof = verify_pair(
+            str(place / "four"), str(folder), Terminal(as_json=True), layer_by_layer=layer_by_layer
+        )
+        assert proof is Proof.EQUAL
 
 
 def test_a_proof_on_the_wrong_base_fails(place: Path) -> None:
@@ -123,10 +234,11 @@ def test_a_proof_on_the_wrong_base_fails(place: Path) -> None:
     plan = plan_merge(place / "four" / "adapter", place / "model")
     write_merged(plan, place / "claimed")
     path = place / "claimed" / "tsugiki.json"
-    assert verify_pair(str(place / "four"), str(place / "claimed"), Terminal(as_json=True))
+    pair = (str(place / "four"), str(place / "claimed"), Terminal(as_json=True))
+    assert verify_pair(*pair) is Proof.EQUAL
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "base_kept": "nf4"}))
-    assert not verify_pair(str(place / "four"), str(place / "claimed"), Terminal(as_json=True))
+    assert verify_pair(*pair) is Proof.WRONG
 
 
 def test_rows_that_are_not_there_are_told(place: Path) -> None:
@@ -151,20 +263,23 @@ def test_rows_that_are_not_there_are_told(place: Path) -> None:
     shutil.copyfile(other, rows)
 
 
-@pytest.mark.parametrize("taken", ["nf4", "none"])
-def test_an_export_takes_the_better_base_too(
-    place: Path, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_types_may_take_different_bases(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each candidate in turn made the better one: what is written is what the proof compares."""
+    """Each candidate the better one for some types: what is written is what the proof compares."""
     import tsugiki.judging
 
-    def losses(plans: dict[str, Any], *_: Any) -> dict[str, float]:
-        return {key: float(key != taken) for key in plans}
+    taken = {"f32": "nf4", "q4_k_m": "nf4", "q8_0": "none", "q2_k": "none"}
+
+    def losses(_: Any, candidates: Any, forms: Any, *more: Any) -> list[dict[str, float]]:
+        return [{kept: float(kept != taken[form.name]) for kept in candidates} for form in forms]
 
     monkeypatch.setattr(tsugiki.judging, "merged_losses", losses)
     source, model = str(place / "four"), str(place / "model")
-    done = export_gguf(source, ["f32", "q8_0"], tmp_path, Terminal(), model=model)
-    assert {one.kept for one in done} == {taken}
-    assert prove(source, done, Terminal(), model=model)
-    other = [replace(one, kept="none" if taken == "nf4" else "nf4") for one in done]
-    assert not prove(source, other, Terminal(), model=model)
+    done = export_gguf(source, list(taken), tmp_path, Terminal(), model=model)
+    assert {one.dtype: one.kept for one in done} == taken
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert prove(source, done, Terminal(), model=model) is Proof.EQUAL
+    for one in done:
+        other = replace(one, kept="none" if one.kept == "nf4" else "nf4")
+        assert prove(source, [other], Terminal(), model=model) is Proof.WRONG

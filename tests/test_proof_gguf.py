@@ -13,21 +13,25 @@ import pytest
 from families import FAMILIES, save_tiny, save_wide, tiny_model
 from sentencepiece_for_tests import train_pieces, train_unigram
 from test_exporting_gguf import VARIANTS, save_variant
+from test_merging_forms import our_adapter
 from test_merging_peft import peft_adapter
 from test_proof_faults import TOKENIZER, failures
 from typer.testing import CliRunner
 
 from tsugiki.adapters.joined import join
 from tsugiki.cli import app
+from tsugiki.demo.show import ship
 from tsugiki.exporting.gguf import plan_export, write_gguf
 from tsugiki.exporting.gguf_lora import plan_lora, write_lora
 from tsugiki.formats.llama_cpp.process import LlamaCpp
 from tsugiki.formats.quantise import quantise_file
 from tsugiki.merging import plan_merge, write_merged
 from tsugiki.proof.artefact import open_artefact
+from tsugiki.proof.checks import Proof
 from tsugiki.proof.gguf.artefact import GgufArtefact, gguf_paths, open_gguf_artefact
 from tsugiki.proof.gguf.verify import verify_gguf
-from tsugiki.shipping import export_gguf, prove
+from tsugiki.proving import prove
+from tsugiki.shipping import export_gguf
 from tsugiki.terminal import Terminal
 
 PAIRS = ("f32", "bf16, merged before", "q8_0", "q4_k_m of an f16", "beside its base")
@@ -210,7 +214,7 @@ def test_an_export_proves_itself(place: Callable[[str], Path], tmp_path: Path) -
         assert "each is what it was made of" in done.output
     # a file that is not what it should be: told, and an exit code
     shipped = export_gguf(str(home / "base"), ["q8_0"], tmp_path / "base", Terminal())
-    assert not prove(source[0], shipped, Terminal(), model=source[2])
+    assert prove(source[0], shipped, Terminal(), model=source[2]) is Proof.WRONG
 
 
 def test_without_llama_cpp_the_rest_is_proven_and_what_is_not_is_said(
@@ -223,11 +227,72 @@ def test_without_llama_cpp_the_rest_is_proven_and_what_is_not_is_said(
     home = place("qwen3")
     source, model = str(home / "adapter"), str(home / "base")
     shipped = export_gguf(source, ["f16", "q8_0"], tmp_path / "out", Terminal(), model=model)
-    assert prove(source, shipped, Terminal(), model=model)
+    assert prove(source, shipped, Terminal(), model=model) is Proof.UNPROVEN
     told = " ".join(capsys.readouterr().out.split())
     assert "to the bit" in told
     assert "not proven without llama.cpp" in told
     assert "pip install 'tsugiki[gguf]'" in told
-    assert "as far as it can be told" in told
+    assert "not proven: each is what it was made of as far as it can be told" in told
     shipped = export_gguf(model, ["q8_0"], tmp_path / "base", Terminal())
-    assert not prove(source, shipped, Terminal(), model=model), "numbers need no llama.cpp"
+    found = prove(source, shipped, Terminal(), model=model)
+    assert found is Proof.WRONG, "numbers need no llama.cpp"
+
+
+@pytest.mark.parametrize(
+    ("lack", "flags", "code"),
+    [
+        ("llama.cpp", ["--gguf", "f16"], 3),
+        ("llama.cpp", ["--gguf-lora"], 3),
+        ("disk", ["--gguf-lora"], 3),
+        ("llama.cpp and disk", ["--portable"], 0),
+    ],
+)
+def test_what_could_not_be_proven_ends_with_its_own_exit_code(
+    lack: str,
+    flags: list[str],
+    code: int,
+    place: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """3, and 0 only for what was proven whole or with --no-verify; the file is there either way."""
+    home = place("llama")
+    if "llama.cpp" in lack:
+        monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    if "disk" in lack:  # room for an adapter, not for its base
+        monkeypatch.setattr("tsugiki.files.free_bytes", lambda path: 1_500_000)
+        assert (home / "base" / "model.safetensors").stat().st_size > 1_500_000
+    source = ["export", str(home / "adapter"), "--model", str(home / "base"), *flags]
+    done = CliRunner().invoke(app, [*source, "--output", str(tmp_path / "a"), "--json"])
+    assert done.exit_code == code, done.output
+    lines = [json.loads(line) for line in done.output.splitlines()]
+    said = next(line for line in lines if line["kind"] in ("proven", "verdict"))
+    assert (said["ok"], said["whole"]) == (True, code == 0)
+    assert list((tmp_path / "a").iterdir())
+    assert not list(tmp_path.rglob("*.tmp"))
+    bare = CliRunner().invoke(app, [*source, "--output", str(tmp_path / "b"), "--no-verify"])
+    assert bare.exit_code == 0, bare.output
+
+
+def test_verify_without_llama_cpp_ends_with_that_code_too(
+    place: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = place("qwen3")
+    file = good_file("q8_0", home, tmp_path)
+    arguments = ["verify", str(home / "adapter"), file, "--model", str(home / "base")]
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 3, done.output
+    assert "not proven" in done.output
+    wrong = CliRunner().invoke(app, [*arguments, "--dtype", "q6_k"])
+    assert wrong.exit_code == 1, "a fault outweighs it"
+
+
+def test_the_demo_goes_on_without_llama_cpp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    our_adapter(save_tiny("llama", tmp_path / "base", TOKENIZER), tmp_path / "run" / "adapter")
+    ship(tmp_path / "run" / "adapter", "a text to read " * 20, Terminal())
+    assert "not proven" in capsys.readouterr().out
+    assert list((tmp_path / "run" / "gguf").glob("*.gguf"))

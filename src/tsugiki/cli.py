@@ -21,6 +21,7 @@ from tsugiki.export_verb import export
 from tsugiki.flags import with_config_flags
 from tsugiki.presets import PRESETS, preset
 from tsugiki.quantizing import quantize_base
+from tsugiki.stopping import stoppable
 from tsugiki.talk_verbs import chat, generate
 from tsugiki.terminal import Terminal
 
@@ -135,14 +136,22 @@ def merge(
     no_verify: Annotated[bool, typer.Option("--no-verify", help="leave the proof out")] = False,
     as_json: Json = False,
 ) -> None:
-    """Merge an adapter into its base, and prove that both compute the same."""
-    from tsugiki.joining import merge_adapter, verify_pair
+    """Merge an adapter into its base, and prove that both compute the same.
 
+    Exit code 0: proven equal, or --no-verify. 1: an error, or not what it was made of.
+    """
     terminal = Terminal(as_json=as_json)
     how: dict[str, Any] = {"model": model, "dtype": dtype, "accept_base": accept_base}
-    merged = merge_adapter(adapter, output, terminal, untie=untie, eval_data=eval_data, **how)
-    if not no_verify and not verify_pair(str(adapter), str(merged.folder), terminal, **how):
-        raise typer.Exit(1)
+    with stoppable("the merge"):
+        from tsugiki.joining import merge_adapter, verify_pair
+
+        merged = merge_adapter(adapter, output, terminal, untie=untie, eval_data=eval_data, **how)
+        if no_verify:
+            return
+        later = f"tsugiki verify {adapter} {merged.folder}" + (f" --model {model}" if model else "")
+        with stoppable(f"the proof of {merged.folder}", later):
+            proof = verify_pair(str(adapter), str(merged.folder), terminal, **how)
+    raise typer.Exit(proof.value)
 
 
 @app.command()
@@ -160,14 +169,18 @@ def verify(
     accept_base: Accept = False,
     as_json: Json = False,
 ) -> None:
-    """Compare two artefacts: settings, tensors, token ids, template, logits."""
+    """Compare two artefacts: settings, tensors, token ids, template, logits.
+
+    Exit code 0: equal. 1: an error, or something differs. 3: nothing differs, and not everything
+    could be compared: llama.cpp is not installed.
+    """
     from tsugiki.joining import verify_pair
 
     how: dict[str, Any] = {"model": model, "dtype": dtype, "accept_base": accept_base}
     limits: dict[str, Any] = {"max_error": max_error, "max_kl": max_kl}
     limits |= {"text": text, "layer_by_layer": layer_by_layer}
-    if not verify_pair(reference, candidate, Terminal(as_json=as_json), **how, **limits):
-        raise typer.Exit(1)
+    proof = verify_pair(reference, candidate, Terminal(as_json=as_json), **how, **limits)
+    raise typer.Exit(proof.value)
 
 
 app.command()(export)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tsugiki.errors import UsageError
+from tsugiki.stopping import stoppable
 from tsugiki.terminal import Terminal
 
 
@@ -37,7 +38,11 @@ def export(
         bool, typer.Option("--json", help="one JSON object a line, for machines")
     ] = False,
 ) -> None:
-    """Write a model or an adapter for llama.cpp, Ollama, vLLM or SGLang, and prove it."""
+    """Write a model or an adapter for llama.cpp, Ollama, vLLM or SGLang, and prove it.
+
+    Exit code 0: proven equal, or --no-verify. 1: an error, or not what it was made of. 3: written,
+    and not proven whole: the disk is too small for the proof, or llama.cpp is not installed.
+    """
     chosen = [bool(gguf), gguf_lora, portable]
     if sum(chosen) != 1:
         raise UsageError(
@@ -45,18 +50,30 @@ def export(
             allowed="--gguf TYPE, --gguf-lora, --portable",
             fix=f"tsugiki export {source} --gguf f16",
         )
-    from tsugiki import shipping
-
     terminal = Terminal(as_json=as_json)
     how: dict[str, Any] = {"model": model, "accept_base": accept_base}
-    if portable:
-        shipping.export_portable(source, output, terminal, **how)
-        return
-    if gguf:
-        done = shipping.export_gguf(
-            source, gguf, output, terminal, untie=untie, eval_data=eval_data, **how
-        )
-    else:
-        done = [shipping.export_lora(source, output, terminal, **how)]
-    if not no_verify and not shipping.prove(source, done, terminal, **how):
-        raise typer.Exit(1)
+    with stoppable("the export"):
+        from tsugiki import shipping
+
+        if portable:
+            paths = [shipping.export_portable(source, output, terminal, **how)]
+        else:
+            if gguf:
+                done = shipping.export_gguf(
+                    source, gguf, output, terminal, untie=untie, eval_data=eval_data, **how
+                )
+            else:
+                done = [shipping.export_lora(source, output, terminal, **how)]
+            paths = [one.path for one in done]
+        if no_verify:
+            return
+        what = ", ".join(str(path) for path in paths)
+        later = f"tsugiki verify {source} {'BASE.gguf+' if gguf_lora else ''}{paths[0]}"
+        with stoppable(f"the proof of {what}", later + (f" --model {model}" if model else "")):
+            from tsugiki import proving
+
+            if portable:
+                proof = proving.prove_portable(source, paths[0], terminal, **how)
+            else:
+                proof = proving.prove(source, done, terminal, **how)
+    raise typer.Exit(proof.value)

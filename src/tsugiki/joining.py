@@ -7,23 +7,29 @@ Merging imports no transformers: the proof, a step of its own, does.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.text import Text
 
+from tsugiki.adapters.joined import Joined
 from tsugiki.adapters.origin import adapter_folder, find_base
 from tsugiki.adapters.record import recorded_quantization
 from tsugiki.errors import DataError
 from tsugiki.files import human_bytes
 from tsugiki.formats.mixes import find_kind
-from tsugiki.merging import NAMES, Merged, MergePlan, plan_merge, type_code, write_merged
+from tsugiki.merging import NAMES, Merged, plan_merge, type_code, write_merged
 from tsugiki.models.hub import ResolvedModel
+from tsugiki.stopping import will_write
 from tsugiki.terminal import Terminal
 
-if TYPE_CHECKING:  # both import transformers, which merging does without
+if TYPE_CHECKING:  # all import transformers, which merging does without
+    from tsugiki.judging import Form
     from tsugiki.proof.artefact import Artefact
+    from tsugiki.proof.checks import Proof, Report
     from tsugiki.proof.gguf.artefact import GgufArtefact
 
 
@@ -80,7 +86,13 @@ def merge_adapter(
     )
     kept, _ = recorded_quantization(plan.changes.record)
     if kept != "none":
-        plan = better_merge(plan, kept, base, eval_data, terminal)
+        from tsugiki.judging import merged_form, onto
+
+        form = merged_form(plan, kept)
+        (taken,) = choose_bases(plan.joined, kept, [form], base, eval_data, terminal)
+        if taken == kept:
+            plan = replace(plan, joined=onto(plan.joined, kept))
+    will_write([output])
     began = time.monotonic()
     merged = write_merged(plan, output)
     seconds = time.monotonic() - began
@@ -96,31 +108,36 @@ def merge_adapter(
     return merged
 
 
-def better_merge(
-    plan: MergePlan, kept: str, base: ResolvedModel, rows: Path | None, terminal: Terminal
-) -> MergePlan:
-    """The merge into the better of two bases; what was measured is told."""
-    from tsugiki.judging import better_base
+def choose_bases(
+    joined: Joined,
+    kept: str,
+    forms: Sequence[Form],
+    base: ResolvedModel,
+    rows: Path | None,
+    terminal: Terminal,
+) -> list[str]:
+    """How the better base of each form is kept; what was measured is told."""
+    from tsugiki.judging import better_bases
 
-    judged = better_base(plan, kept, base, rows)
-    taken = judged.plan.base.kept
     names = {kept: f"the {kept} numbers that training saw", "none": "the stored weights"}
-    if judged.losses:
-        found = ", ".join(f"{loss:.5f} on {names[key]}" for key, loss in judged.losses.items())
-        text = (
-            f"trained on its base in {kept}; held-out loss merged as {judged.dtype}, "
-            f"{judged.rows} rows: {found}; taking {names[taken]}"
-        )
-    else:
-        text = (
-            f"trained on its base in {kept}; taking {names[taken]}, not measured against "
-            f"{names['none']}: {judged.reason} (--eval-data FILE measures both)"
-        )
-    terminal.say(
-        "merge_base", text, taken=taken, losses=judged.losses, rows=judged.rows,
-        dtype=judged.dtype, reason=judged.reason,
-    )  # fmt: skip
-    return judged.plan
+    found = better_bases(joined, kept, forms, base, rows)
+    for one in found:
+        if one.losses:
+            both = ", ".join(f"{loss:.5f} on {names[key]}" for key, loss in one.losses.items())
+            text = (
+                f"trained on its base in {kept}; held-out loss merged as {one.form}, "
+                f"{one.rows} rows: {both}; taking {names[one.kept]}"
+            )
+        else:
+            text = (
+                f"trained on its base in {kept}; taking {names[one.kept]} for {one.form}, not "
+                f"measured against {names['none']}: {one.reason} (--eval-data FILE measures both)"
+            )
+        terminal.say(
+            "merge_base", text, taken=one.kept, losses=one.losses, rows=one.rows, dtype=one.form,
+            reason=one.reason,
+        )  # fmt: skip
+    return [one.kept for one in found]
 
 
 def verify_pair(
@@ -135,8 +152,8 @@ def verify_pair(
     max_kl: float | None = None,
     text: Path | None = None,
     layer_by_layer: bool = False,
-) -> bool:
-    """Compare two artefacts and show the table; true when nothing is beyond its limit.
+) -> Proof:
+    """Compare two artefacts and show the table.
 
     Args:
         reference, candidate: adapter or run folders, model folders, Hub names, FILE.gguf,
@@ -172,22 +189,29 @@ def verify_pair(
         kind = None if dtype is None else find_kind(dtype).name
         with llama_if_there(torch.get_num_threads()) as llama:
             report = verify_gguf(first, second, llama, dtype=kind, **how)
+    return tell_report(report, terminal, time.monotonic() - began)
+
+
+def tell_report(report: Report, terminal: Terminal, seconds: float) -> Proof:
+    """The table of a comparison, and what it proves."""
+    from tsugiki.proof.checks import Proof
+
     for note in report.notes:
         terminal.say("note", Text(f"note: {note}", style="yellow"), text=note)
     terminal.heading(f"{report.candidate} against {report.reference}")
     terminal.say("verify", report.table(), **report.data())
-    failed = [check for check in report.checks if not check.ok]
-    seconds = time.monotonic() - began
+    failed = [check.name for check in report.checks if not check.ok]
+    count, proof = len(report.checks), report.proof
+    verdict = {
+        Proof.EQUAL: Text(f"equal in all {count} comparisons ({seconds:.1f} s)", "green"),
+        Proof.WRONG: Text(f"{len(failed)} of {count} comparisons failed", "bold red"),
+        Proof.UNPROVEN: Text(f"equal in {count} comparisons, not proven: see above", "yellow"),
+    }[proof]
     terminal.say(
-        "verdict",
-        Text(f"{len(failed)} of {len(report.checks)} comparisons failed", style="bold red")
-        if failed
-        else Text(f"equal in all {len(report.checks)} comparisons ({seconds:.1f} s)", "green"),
-        ok=report.ok,
-        failed=[check.name for check in failed],
+        "verdict", verdict, ok=report.ok, whole=proof is not Proof.UNPROVEN, failed=failed,
         seconds=seconds,
-    )
-    return report.ok
+    )  # fmt: skip
+    return proof
 
 
 def open_either(given: str, model: str | None, accept_base: bool) -> Artefact | GgufArtefact:

@@ -1,26 +1,33 @@
 """Which base an adapter is merged into that was trained on one in few bits: the better, measured.
 
 The numbers of the codes are what training saw, the 16-bit weights are what the world has; neither
-is better always. Both merged models are run on rows that training never saw, in the type that will
-be written. Knows nothing of how a merged folder is written.
+is better always. Both merged models are run on rows that training never saw, with their weights in
+the very type that will be written: a merged folder's, or each GGUF type asked for, which may take
+another base than the next. Knows nothing of how files are written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tsugiki.adapters.algebra import Changes
+from tsugiki.adapters.joined import Joined
 from tsugiki.config import RunConfig, build_config
 from tsugiki.data.chat import ChatFormat, Example
 from tsugiki.data.dataset import prepare
 from tsugiki.data.formats import read_rows
 from tsugiki.errors import TsugikiError
+from tsugiki.exporting.gguf import ExportPlan
+from tsugiki.exporting.rounded import rounded_tensors
 from tsugiki.files import human_bytes
+from tsugiki.formats.llama_cpp.process import LlamaCpp
 from tsugiki.merging import NAMES, MergePlan, merged_tensor
 from tsugiki.models.families import HEAD
 from tsugiki.models.hub import ResolvedModel
@@ -32,55 +39,104 @@ from tsugiki.planning import free_memory
 from tsugiki.training.objective import held_out_loss
 
 LOADING = 1.3  # memory while a model is loaded and run, relative to its weights
+STORED = "none"  # how a base is kept whose stored weights are taken
+
+Tensors = Mapping[str, Callable[[], Tensor]]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A type that a merge may be written in.
+
+    compute: the type that the model runs in. tensors: how the base is kept → stored name → what
+    gives that tensor of the merge as it would be written.
+    """
+
+    name: str
+    compute: torch.dtype
+    tensors: Callable[[str], Tensors]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """The plan to follow, and why.
+    """The base to take for a form, and why.
 
-    losses: mean nats per labelled token of each candidate, by how the base is kept ('none': its
-    stored weights); empty where nothing could be measured, `reason` says why.
+    kept: 'none' for the stored weights, else nf4 or int8. losses: mean nats per labelled token of
+    each candidate, by how its base is kept; empty where nothing could be measured, `reason` says
+    why.
     """
 
-    plan: MergePlan
+    form: str
+    kept: str
     losses: dict[str, float]
     rows: int
-    dtype: str
     reason: str = ""
 
 
-def better_base(plan: MergePlan, method: str, resolved: ResolvedModel, rows: Path | None) -> Judged:
-    """Measure both candidates and take the better; the dequantised base where none can be.
+def merged_form(plan: MergePlan, method: str) -> Form:
+    """A merged folder."""
+    plans = {STORED: plan, method: replace(plan, joined=onto(plan.joined, method))}
+    head = {HEAD} if plan.untie else set()
+
+    def tensors(kept: str) -> Tensors:
+        names = head | set(plan.base.tensors)
+        return {name: partial(merged_tensor, plans[kept], name) for name in names}
+
+    name = written_type(plan)
+    return Form(name, getattr(torch, name), tensors)
+
+
+def gguf_form(plans: Mapping[str, ExportPlan], dtype: str, llama: LlamaCpp | None) -> Form:
+    """A GGUF file, by how the base is kept; run in fp32, as llama.cpp adds up, or in bf16."""
+    compute = torch.bfloat16 if dtype == "bf16" else torch.float32
+    return Form(dtype, compute, lambda kept: rounded_tensors(plans[kept], dtype, llama))
+
+
+def onto(joined: Joined, method: str) -> Joined:
+    """The same adapter on the numbers that nf4 or int8 codes of the base stand for."""
+    return replace(joined, base=as_kept(joined.base, method))
+
+
+def better_bases(
+    joined: Joined,
+    method: str,
+    forms: Sequence[Form],
+    resolved: ResolvedModel,
+    rows: Path | None,
+) -> list[Judged]:
+    """Measure both candidates in each form and take the better; the codes' where none can be.
 
     Args:
-        plan: of a merge into the stored weights.
+        joined: the adapter on the stored weights.
         method: how the base was kept while the adapter was trained: nf4 or int8.
         rows: a file to judge on; the rows that training held out when None.
 
     Raises:
         DataError: `rows` cannot be read, or holds none.
+        ModelError: a weight that a form's type cannot hold.
     """
-    seen = onto(plan, method)
-    dtype = written_type(plan)
-    need = int(LOADING * sum(t.nbytes for t in plan.base.tensors.values()))
+    assert joined.changes is not None
+
+    def unmeasured(reason: str) -> list[Judged]:
+        return [Judged(form.name, method, {}, 0, reason) for form in forms]
+
+    count = sum(t.nbytes // t.dtype.itemsize for t in joined.base.tensors.values())
+    need = int(LOADING * count * max(form.compute.itemsize for form in forms))
     if need > free_memory("cpu"):
-        return Judged(seen, {}, 0, dtype, f"running the model takes {human_bytes(need)} of memory")
+        return unmeasured(f"running the model takes {human_bytes(need)} of memory")
     try:
-        examples = held_out_rows(plan, resolved, rows)
+        examples = held_out_rows(joined.changes, resolved, rows)
     except TsugikiError as error:
         if rows is not None:
             raise
-        return Judged(seen, {}, 0, dtype, f"the rows of the run cannot be read: {error.problem}")
+        return unmeasured(f"the rows of the run cannot be read: {error.problem}")
     if isinstance(examples, str):
-        return Judged(seen, {}, 0, dtype, examples)
-    losses = merged_losses({"none": plan, method: seen}, resolved, examples)
-    best = seen if losses[method] <= losses["none"] else plan
-    return Judged(best, losses, len(examples), dtype)
-
-
-def onto(plan: MergePlan, method: str) -> MergePlan:
-    """The same merge into the numbers that nf4 or int8 codes of the base stand for."""
-    return replace(plan, joined=replace(plan.joined, base=as_kept(plan.base, method)))
+        return unmeasured(examples)
+    losses = merged_losses(joined, (STORED, method), forms, resolved, examples)
+    return [
+        Judged(form.name, min((method, STORED), key=found.__getitem__), found, len(examples))
+        for form, found in zip(forms, losses, strict=True)
+    ]
 
 
 def written_type(plan: MergePlan) -> str:
@@ -95,17 +151,17 @@ def written_type(plan: MergePlan) -> str:
 
 
 def held_out_rows(
-    plan: MergePlan, resolved: ResolvedModel, rows: Path | None
+    changes: Changes, resolved: ResolvedModel, rows: Path | None
 ) -> Sequence[Example] | str:
     """The rows to judge on, or why there are none.
 
     Raises:
         TsugikiError: a file that cannot be read.
     """
-    record: dict[str, Any] = plan.changes.record or {}
+    record: dict[str, Any] = changes.record or {}
     config = build_config(record.get("config") or {})
     tokenizer = load_tokenizer(resolved)
-    chat = ChatFormat.from_state(plan.changes.chat, tokenizer)
+    chat = ChatFormat.from_state(changes.chat, tokenizer)
     spec = ModelSpec.from_folder(resolved.folder)
     if rows is not None:
         return _all_of(rows, config, chat, spec.context)
@@ -136,39 +192,40 @@ def _all_of(path: Path, config: RunConfig, chat: ChatFormat, context: int) -> Se
 
 
 def merged_losses(
-    plans: dict[str, MergePlan], resolved: ResolvedModel, examples: Sequence[Example]
-) -> dict[str, float]:
-    """Held-out loss of each merged model as it would be written; one model in memory.
+    joined: Joined,
+    candidates: Sequence[str],
+    forms: Sequence[Form],
+    resolved: ResolvedModel,
+    examples: Sequence[Example],
+) -> list[dict[str, float]]:
+    """Held-out loss of each candidate in each form, by how its base is kept; one model in memory.
 
-    What one plan changes the next one changes too, or its own numbers are put back.
+    Every tensor of a form is put into the model anew, so that none is left of the one before.
     """
-    first = next(iter(plans.values()))
-    base = load_base(resolved, dtype=getattr(torch, written_type(first)))
-    places = _places(base, first)
-    wanted = {
-        name
-        for plan in plans.values()
-        for name in (*plan.changes.by_name, *plan.base.through)
-        if name in places
-    }
-    losses = {}
-    for key, plan in plans.items():
-        with torch.no_grad():
-            for name in sorted(wanted):
-                places[name].copy_(merged_tensor(plan, name))
-        losses[key] = held_out_loss(base, examples)
-    return losses
+    losses: dict[str, dict[str, float]] = {form.name: {} for form in forms}
+    for compute in dict.fromkeys(form.compute for form in forms):
+        base = load_base(resolved, dtype=compute)
+        places = _places(base, joined)
+        for form in (form for form in forms if form.compute == compute):
+            for kept in candidates:
+                tensors = form.tensors(kept)
+                with torch.no_grad():
+                    for name in tensors.keys() & places.keys():
+                        places[name].copy_(tensors[name]())
+                losses[form.name][kept] = held_out_loss(base, examples)
+        del base, places
+    return [losses[form.name] for form in forms]
 
 
-def _places(base: Base, plan: MergePlan) -> dict[str, nn.Parameter]:
+def _places(base: Base, joined: Joined) -> dict[str, nn.Parameter]:
     """Stored name → parameter of the loaded model; a head that is written apart gets its own."""
     model = base.model
-    if plan.untie:
+    if joined.untie:
         head = model.get_output_embeddings()  # type: ignore[operator]
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    names = NameMap(base.spec.meta_model(), plan.base.tensors)
+    names = NameMap(base.spec.meta_model(), joined.base.tensors)
     found = {}
     for path, parameter in model.named_parameters():
-        own = path == HEAD and plan.untie
+        own = path == HEAD and joined.untie
         found[HEAD if own else names.to_disk(path)] = parameter
     return found

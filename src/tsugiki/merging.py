@@ -43,6 +43,11 @@ from tsugiki.models.shards import (
 
 RECORD = "tsugiki.json"
 CHUNK = 8 << 20  # bytes copied at once
+# Of the base alone: its card, and what tells how its own weights were trained.
+OF_THE_BASE = (
+    "README.md", "__init__.py", "growth.json", "training_info.json", "trainer_state.json",
+    "train_results.json", "eval_results.json", "all_results.json",
+)  # fmt: skip
 TYPES = {
     "f32": "F32", "float32": "F32", "bf16": "BF16", "bfloat16": "BF16", "f16": "F16",
     "float16": "F16",
@@ -206,11 +211,25 @@ def merged_tensor(plan: MergePlan, name: str) -> torch.Tensor:
     """One tensor whole, as `write_merged` would write it.
 
     Raises:
-        OverflowError: a weight that the type cannot hold.
+        ModelError: a weight that the type cannot hold.
     """
     source, change = _source(plan, name), plan.changes.by_name.get(name)
-    blocks = merged_blocks(plan.base.tensor(source.name), change, DTYPES[_code(plan, source)])
-    return torch.cat(list(blocks)).view(source.shape)
+    code = _code(plan, source)
+    try:
+        blocks = list(merged_blocks(plan.base.tensor(source.name), change, DTYPES[code]))
+    except OverflowError as error:
+        raise _does_not_fit(name, code, error) from None
+    return torch.cat(blocks).view(source.shape)
+
+
+def _does_not_fit(name: str, code: str, error: OverflowError) -> ModelError:
+    half = code == "F16"
+    return ModelError(
+        f"{name} does not fit {NAMES.get(code, code)}",
+        got=f"a weight of size {error}",
+        allowed="up to 65504" if half else "finite numbers",
+        fix="--dtype bf16" if half else "look at the adapter: its product is not finite",
+    )
 
 
 def _source(plan: MergePlan, name: str) -> Stored:
@@ -232,25 +251,18 @@ def _pieces(plan: MergePlan, placed: Stored) -> Iterator[memoryview]:
         for block in merged_blocks(plan.base.tensor(source.name), change, placed.dtype):
             yield as_bytes(block)
     except OverflowError as error:
-        kind = NAMES.get(placed.code, placed.code)
-        half = placed.code == "F16"
-        raise ModelError(
-            f"{name} does not fit {kind}",
-            got=f"a weight of size {error}",
-            allowed="up to 65504" if half else "finite numbers",
-            fix="--dtype bf16" if half else "look at the adapter: its product is not finite",
-        ) from None
+        raise _does_not_fit(name, placed.code, error) from None
 
 
 def _beside(folder: Path) -> list[Path]:
-    """Everything of a model folder that is not weights: configs, tokenizer, templates, licence."""
+    """What travels with new weights: configs, tokenizer, templates, licence; no training record."""
     return [
         file
         for file in sorted(folder.iterdir())
         if file.is_file()
         and file.name[0] != "."
         and not file.name.endswith(NOT_COPIED)
-        and file.name not in (INDEX, RECORD, "README.md", "__init__.py")
+        and file.name not in (INDEX, RECORD, *OF_THE_BASE)
     ]
 
 

@@ -6,8 +6,10 @@ The order of the work and what a user reads; what is compared is `proof/gguf`'s.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
-from functools import cache
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -17,12 +19,16 @@ from rich.text import Text
 from tsugiki.errors import DiskError
 from tsugiki.exporting.gguf import plan_export, write_gguf
 from tsugiki.files import require_space
+from tsugiki.joining import open_either, tell_report
+from tsugiki.models.kept import as_kept
 from tsugiki.planning import free_memory
-from tsugiki.proof.artefact import Artefact
-from tsugiki.proof.checks import Report
+from tsugiki.proof.artefact import Artefact, open_artefact
+from tsugiki.proof.checks import Proof, Report
 from tsugiki.proof.gguf.artefact import GgufArtefact, open_gguf_artefact
 from tsugiki.proof.gguf.logits import Reading, read_reference
 from tsugiki.proof.gguf.verify import llama_if_there, verify_gguf
+from tsugiki.proof.verify import verify
+from tsugiki.shipping import Shipped
 from tsugiki.terminal import Terminal
 
 Side = Artefact | GgufArtefact
@@ -37,37 +43,68 @@ FIGURES: dict[str, Callable[[float], str]] = {
     "perplexity": lambda v: f"× {v:.4f}",
 }
 SHOWN = 8  # faults
-STEPS = {"1 settings", "2 tensors", "3 token ids", "4 template", "5 logits"}
+
+
+def prove(
+    source: str,
+    done: Sequence[Shipped],
+    terminal: Terminal,
+    *,
+    model: str | None = None,
+    accept_base: bool = False,
+    text: str | None = None,
+) -> Proof:
+    """Hold what was written to what it was made of.
+
+    text: what is read for the perplexities; passages of this toolkit when None.
+
+    Raises:
+        TsugikiError: what was exported cannot be read a second time.
+    """
+    reference = open_either(source, model, accept_base)
+    if done[0].dtype == "lora":
+        assert isinstance(reference, Artefact)
+        return prove_lora(reference, done[0].path, terminal)
+    references = {
+        kept: replace(reference, stored=as_kept(reference.stored, kept))
+        if isinstance(reference, Artefact) and kept != "none"
+        else reference
+        for kept in {one.kept for one in done}
+    }
+    files = [
+        (one.kept, open_gguf_artefact(str(one.path), one.path, None), one.dtype) for one in done
+    ]
+    return prove_files(references, files, terminal, text)
 
 
 def prove_files(
-    reference: Side,
-    files: Sequence[tuple[GgufArtefact, str | None]],
+    references: Mapping[str, Side],
+    files: Sequence[tuple[str, GgufArtefact, str | None]],
     terminal: Terminal,
     text: str | None = None,
-) -> bool:
-    """Compare each file with its reference, which runs once; true when none is beyond its limits.
+) -> Proof:
+    """Compare each file with its reference, each of which runs once.
 
     Args:
-        files: each with the type that was asked of it.
+        references: by how the base's numbers were taken.
+        files: each with its reference, and the type that was asked of it.
         text: what is read for the perplexities; passages of this toolkit when None.
     """
     with llama_if_there(torch.get_num_threads()) as llama:
 
         @cache
-        def reading() -> Reading:
+        def reading(kept: str) -> Reading:
             assert llama is not None
-            return read_reference(reference, llama, memory=free_memory("cpu"), text=text)
+            return read_reference(references[kept], llama, memory=free_memory("cpu"), text=text)
 
         reports = [
-            verify_gguf(reference, file, llama, dtype=asked, reading=reading)
-            for file, asked in files
+            verify_gguf(references[kept], file, llama, dtype=asked, reading=partial(reading, kept))
+            for kept, file, asked in files
         ]
-    show_reports(reports, terminal)
-    return all(report.ok for report in reports)
+    return show_reports(reports, terminal)
 
 
-def prove_lora(reference: Artefact, lora: Path, terminal: Terminal) -> bool:
+def prove_lora(reference: Artefact, lora: Path, terminal: Terminal) -> Proof:
     """Lay an exported adapter over its base, written for this and gone after, and compare."""
     from tsugiki.adapters.joined import join
 
@@ -77,16 +114,35 @@ def prove_lora(reference: Artefact, lora: Path, terminal: Terminal) -> bool:
         base = Path(folder) / f"{kind}.gguf"
         try:
             require_space(base, plan.need(kind), "the base, for the proof")
+            write_gguf(plan, kind, base)
         except DiskError as error:
-            terminal.say("note", Text(f"not proven: {error}", style="yellow"), text=str(error))
-            return True
-        write_gguf(plan, kind, base)
+            reason = f"{lora} is whole and not proven: {error}"
+            terminal.say(
+                "proven", Text(reason, "yellow"), ok=True, whole=False, wrong=[], reason=str(error)
+            )
+            return Proof.UNPROVEN
         file = open_gguf_artefact(f"BASE.gguf+{lora.name}", base, lora)
-        return prove_files(reference, [(file, None)], terminal)
+        return prove_files({"none": reference}, [("none", file, None)], terminal)
 
 
-def show_reports(reports: Sequence[Report], terminal: Terminal) -> None:
-    """A table, what is wrong in it, and what could not be proven."""
+def prove_portable(
+    source: str,
+    folder: Path,
+    terminal: Terminal,
+    *,
+    model: str | None = None,
+    accept_base: bool = False,
+) -> Proof:
+    """Hold a rewritten adapter to the one it was made of, both on that one's base."""
+    began = time.monotonic()
+    reference = open_artefact(source, model, accept_base=accept_base)
+    candidate = open_artefact(str(folder), str(reference.resolved.folder))
+    report = verify(reference, candidate, memory=free_memory("cpu"))
+    return tell_report(report, terminal, time.monotonic() - began)
+
+
+def show_reports(reports: Sequence[Report], terminal: Terminal) -> Proof:
+    """A table, what is wrong in it, and what it proves."""
     terminal.heading("proof")
     for note in dict.fromkeys(note for report in reports for note in report.notes):
         terminal.say("note", Text(f"note: {note}", style="yellow"), text=note)
@@ -109,16 +165,18 @@ def show_reports(reports: Sequence[Report], terminal: Terminal) -> None:
         for line in faults[:SHOWN] if not terminal.as_json else ():
             terminal.say("fault", Text(f"  {Path(report.candidate).name}: {line}", style="red"))
     wrong = [Path(report.candidate).name for report in reports if not report.ok]
-    whole = all(report.steps >= STEPS for report in reports)
-    told = "each is what it was made of"
-    if wrong:
-        told = f"not what it was made of: {', '.join(wrong)}"
-    if not wrong and not whole:
-        told += ", as far as it can be told without llama.cpp"
-    terminal.say(
-        "proven", Text(told, "bold red" if wrong else "green"), ok=not wrong, whole=whole,
-        wrong=wrong,
-    )  # fmt: skip
+    proof = Proof.of_all(report.proof for report in reports)
+    whole = all(report.proof is not Proof.UNPROVEN for report in reports)
+    told = {
+        Proof.EQUAL: Text("each is what it was made of", "green"),
+        Proof.WRONG: Text(f"not what it was made of: {', '.join(wrong)}", "bold red"),
+        Proof.UNPROVEN: Text(
+            "not proven: each is what it was made of as far as it can be told without llama.cpp",
+            "yellow",
+        ),
+    }[proof]
+    terminal.say("proven", told, ok=not wrong, whole=whole, wrong=wrong)
+    return proof
 
 
 def _row(report: Report) -> list[str]:

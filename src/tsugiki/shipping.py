@@ -28,8 +28,8 @@ from tsugiki.exporting.vocabulary import chat_of
 from tsugiki.files import atomic_write, human_bytes, require_space
 from tsugiki.formats.gguf_encode import DIRECT
 from tsugiki.formats.mixes import find_kind
-from tsugiki.merging import MergePlan, type_code
 from tsugiki.models.hub import ResolvedModel, resolve_model
+from tsugiki.stopping import will_write
 from tsugiki.terminal import Terminal
 
 
@@ -74,14 +74,19 @@ def export_gguf(
     joined, stem, home = open_source(source, terminal, model, untie, accept_base)
     paths = file_names(types, stem, output or home)
     _refuse_existing(paths)
-    joined = _better_base(joined, types[0], eval_data, terminal)
-    plan = plan_export(joined, stem)
+    plans, taken = _better_bases(joined, stem, types, eval_data, terminal)
+    plan = plans["none"]
     for note in plan.notes:
         tell_note(terminal, note)
-    quantised = [name for name in types if name not in DIRECT]
     exact = plan.exact_type()
-    beside = exact if quantised and exact not in types else None
-    need = sum(plan.need(name if name in DIRECT else "q8_0") for name in [*types, beside] if name)
+    groups = {
+        kept: {name: path for name, path in paths.items() if taken[name] == kept}
+        for kept in dict.fromkeys(taken.values())
+    }
+    # Quantised from a file that holds every number, written for this where none was asked for.
+    beside = any(exact not in group and set(group) - set(DIRECT) for group in groups.values())
+    need = sum(plan.need(name if name in DIRECT else "q8_0") for name in types)
+    need += plan.need(exact) if beside else 0
     first = next(iter(paths.values()))
     terminal.say(
         "export_plan",
@@ -94,31 +99,40 @@ def export_gguf(
         output=str(first.parent),
     )
     require_space(first, need, "the exported files")
-    done = [_written(plan, name, path, terminal) for name, path in paths.items() if name in DIRECT]
-    if quantised:
-        done += _quantised(plan, exact, paths, terminal)
-    done = [replace(one, kept=joined.base.kept) for one in done]
+    will_write(paths.values())
+    done = []
+    for kept, group in groups.items():
+        files = _written_on(plans[kept], exact, group, terminal)
+        done += [replace(one, kept=kept) for one in files]
     done.sort(key=lambda shipped: types.index(shipped.dtype))
     smallest = min(done, key=lambda shipped: shipped.nbytes).path
     tell_runs(terminal, run_gguf(smallest, _modelfile(joined, smallest, stem, terminal), stem))
     return done
 
 
-def _better_base(joined: Joined, dtype: str, rows: Path | None, terminal: Terminal) -> Joined:
-    """As for merging: the base that training saw in few bits, or the stored one, by held-out loss.
+def _better_bases(
+    joined: Joined, stem: str, types: Sequence[str], rows: Path | None, terminal: Terminal
+) -> tuple[dict[str, ExportPlan], dict[str, str]]:
+    """A plan by how the base is kept, and which of them each type takes.
 
-    Measured in the type that is written, in fp32 for one that shares blocks.
+    As for merging: the base that training saw in few bits, or the stored one, by held-out loss,
+    measured in each of the types.
     """
+    plans = {"none": plan_export(joined, stem)}
     kept, _ = recorded_quantization(joined.changes.record if joined.changes else None)
     if joined.changes is None or kept == "none":
-        return joined
-    from tsugiki.joining import better_merge
+        return plans, dict.fromkeys(types, "none")
+    from tsugiki.joining import choose_bases
+    from tsugiki.judging import gguf_form, onto
+    from tsugiki.proof.gguf.verify import llama_if_there
 
-    code = type_code(dtype if dtype in ("f16", "bf16") else "f32")
+    plans[kept] = plan_export(onto(joined, kept), stem)
     name, commit = (joined.identity.name, joined.identity.commit) if joined.identity else ("", None)
     base = ResolvedModel(joined.base.folder, name, commit)
-    plan = MergePlan(joined, joined.changes, code, 0)
-    return better_merge(plan, kept, base, rows, terminal).joined
+    with llama_if_there(torch.get_num_threads()) as llama:
+        forms = [gguf_form(plans, dtype, llama) for dtype in types]
+        taken = choose_bases(joined, kept, forms, base, rows, terminal)
+    return plans, dict(zip(types, taken, strict=True))
 
 
 def _modelfile(joined: Joined, gguf: Path, stem: str, terminal: Terminal) -> Path:
@@ -155,43 +169,12 @@ def export_lora(
     _refuse_existing({"lora": path})
     plan = plan_lora(joined, stem)
     began = time.monotonic()
+    will_write([path])
     size = write_lora(plan, path)
     shipped = Shipped(path, "lora", {"F32": len(plan.tensors)}, size)
     _tell(shipped, terminal, time.monotonic() - began)
     tell_runs(terminal, run_lora(path))
     return shipped
-
-
-def prove(
-    source: str,
-    done: Sequence[Shipped],
-    terminal: Terminal,
-    *,
-    model: str | None = None,
-    accept_base: bool = False,
-    text: str | None = None,
-) -> bool:
-    """Hold what was written to what it was made of; true when nothing is beyond its limits.
-
-    text: what is read for the perplexities; passages of this toolkit when None.
-
-    Raises:
-        TsugikiError: what was exported cannot be read a second time.
-    """
-    from tsugiki.joining import open_either
-    from tsugiki.models.kept import as_kept
-    from tsugiki.proof.artefact import Artefact
-    from tsugiki.proof.gguf.artefact import open_gguf_artefact
-    from tsugiki.proving import prove_files, prove_lora
-
-    reference = open_either(source, model, accept_base)
-    if isinstance(reference, Artefact) and done[0].kept != "none":
-        reference = replace(reference, stored=as_kept(reference.stored, done[0].kept))
-    if done[0].dtype == "lora":
-        assert isinstance(reference, Artefact)
-        return prove_lora(reference, done[0].path, terminal)
-    files = [(open_gguf_artefact(str(one.path), one.path, None), one.dtype) for one in done]
-    return prove_files(reference, files, terminal, text)
 
 
 def export_portable(
@@ -212,6 +195,7 @@ def export_portable(
     own = folder.name == "adapter"
     home = folder.with_name("portable" if own else f"{folder.name}-portable")
     made = make_portable(joined)
+    will_write([output or home])
     path = write_portable(made, output or home)
     terminal.say(
         "portable",
@@ -317,19 +301,23 @@ def _written(plan: ExportPlan, dtype: str, path: Path, terminal: Terminal) -> Sh
     return shipped
 
 
-def _quantised(
+def _written_on(
     plan: ExportPlan, exact: str, paths: dict[str, Path], terminal: Terminal
 ) -> list[Shipped]:
-    """Through one file that holds every number exactly: asked for, or written for this and gone."""
+    """All types of one base; quantised through a file that holds every number exactly."""
+    done = [_written(plan, name, path, terminal) for name, path in paths.items() if name in DIRECT]
     wanted = {name: path for name, path in paths.items() if name not in DIRECT}
+    if not wanted:
+        return done
     if exact in paths:
-        return [_quantise(paths[exact], name, path, terminal) for name, path in wanted.items()]
+        source = paths[exact]
+        return done + [_quantise(source, name, path, terminal) for name, path in wanted.items()]
     place = next(iter(wanted.values())).parent
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place, prefix=".exact.", suffix=".tmp") as temporary:
         source = Path(temporary) / f"{exact}.gguf"
         write_gguf(plan, exact, source)
-        return [_quantise(source, name, path, terminal) for name, path in wanted.items()]
+        return done + [_quantise(source, name, path, terminal) for name, path in wanted.items()]
 
 
 def _quantise_again(
@@ -342,6 +330,7 @@ def _quantise_again(
             stem = stem[: -len(mark) - 1]
     paths = file_names(types, stem, output or source.parent)
     _refuse_existing(paths)
+    will_write(paths.values())
     return [_quantise(source, name, path, terminal) for name, path in paths.items()]
 
 

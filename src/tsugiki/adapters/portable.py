@@ -47,7 +47,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Portable:
-    """The portable form: tensors under PEFT's names, config, and what each reader says."""
+    """The portable form: tensors under PEFT's names, config, and what each reader says.
+
+    template: the chat template that training used, where the base brings another.
+    """
 
     tensors: dict[str, Tensor]
     config: dict[str, Any]
@@ -55,6 +58,7 @@ class Portable:
     padded: int
     verdicts: tuple[Verdict, ...]
     folder: Path
+    template: str | None
 
 
 def make_portable(joined: Joined) -> Portable:
@@ -112,7 +116,7 @@ def make_portable(joined: Joined) -> Portable:
         "inference_mode": True,
     }
     verdicts = _verdicts(joined.base.model_type, rank, words)
-    return Portable(tensors, config, rank, padded, verdicts, changes.folder)
+    return Portable(tensors, config, rank, padded, verdicts, changes.folder, joined.template())
 
 
 def write_portable(portable: Portable, output: Path) -> Path:
@@ -125,6 +129,9 @@ def write_portable(portable: Portable, output: Path) -> Path:
         for file in sorted(portable.folder.iterdir()):
             if file.is_file() and file.name[0] != "." and not file.name.startswith(NOT_COPIED):
                 (temporary / file.name).write_bytes(file.read_bytes())
+        if portable.template is not None:
+            path = temporary / "chat_template.jinja"
+            path.write_text(portable.template, encoding="utf-8")
         content = save(portable.tensors, metadata={"format": "pt"})
         (temporary / "adapter_model.safetensors").write_bytes(content)
         text = json.dumps(portable.config, ensure_ascii=False, indent=2) + "\n"

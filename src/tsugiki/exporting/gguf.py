@@ -238,7 +238,7 @@ def write_gguf(plan: ExportPlan, dtype: str, output: Path) -> Written:
         with open(temporary, "wb", buffering=0) as stream:
             write_all(stream.fileno(), memoryview(plan.header(dtype)))
             for source, info in zip(plan.sources, infos, strict=True):
-                for piece in _pieces(plan, source, info.type):
+                for piece in encoded(plan, source, info.type):
                     write_all(stream.fileno(), piece)
                 write_all(stream.fileno(), memoryview(bytes(padding(info.nbytes))))
         found = open_gguf(temporary).tensors
@@ -248,8 +248,12 @@ def write_gguf(plan: ExportPlan, dtype: str, output: Path) -> Written:
     return Written(output, dtype, dict(types.most_common()), output.stat().st_size)
 
 
-def _pieces(plan: ExportPlan, source: Source, kind: GgmlType) -> Iterator[memoryview]:
-    """The bytes of one tensor, in the order of the file."""
+def encoded(plan: ExportPlan, source: Source, kind: GgmlType) -> Iterator[memoryview]:
+    """The bytes of one tensor in F32, F16, BF16 or Q8_0, in the order of the file.
+
+    Raises:
+        ModelError: a weight that the type cannot hold; the tensor is named.
+    """
     place, stored = source.place, source.stored
     if source.value is not None:
         yield as_bytes(source.value)

@@ -10,11 +10,14 @@ Knows nothing of the numbers in the tensors.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 from tsugiki.errors import ModelError, UsageError, did_you_mean
 from tsugiki.formats.ggml_types import TYPES, GgmlType
-from tsugiki.formats.gguf_file import GgufFile, TensorInfo
+from tsugiki.formats.gguf_file import TensorInfo
 
 # The families whose mixes are proven; Mistral is stored as llama.
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
@@ -70,7 +73,23 @@ class Shape:
     is_70b: bool
 
 
-def model_shape(file: GgufFile) -> Shape:
+class Header(Protocol):
+    """What is asked of a GGUF file, or of what one will be."""
+
+    @property
+    def path(self) -> Path:
+        """What errors name."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Its keys."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Its tensors, by name."""
+
+
+def model_shape(file: Header) -> Shape:
     """Read it from the metadata.
 
     Raises:
@@ -112,7 +131,7 @@ def in_order(names: list[str]) -> list[str]:
     return sorted(names, key=place)
 
 
-def choose_types(file: GgufFile, kind: Kind) -> dict[str, GgmlType]:
+def choose_types(file: Header, kind: Kind) -> dict[str, GgmlType]:
     """The type of every tensor, in the order of writing.
 
     Raises:

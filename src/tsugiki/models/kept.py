@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tsugiki.errors import ModelError
@@ -35,6 +36,18 @@ def as_kept(stored: StoredModel, method: str) -> StoredModel:
         for path, module in quantizable(model).items()
     }
     return replace(stored, kept=method, through=through)
+
+
+def put_kept(model: nn.Module, names: NameMap, stored: StoredModel) -> None:
+    """Give a model that was loaded from the stored weights the numbers that `stored` shows.
+
+    They are rounded to the type in which they are stored, as a run in that type sees them.
+    """
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            name = names.to_disk(path)
+            if name in stored.through:
+                parameter.copy_(stored.tensor(name))
 
 
 def _there_and_back(method: str, transposed: bool, weight: Tensor) -> Tensor:

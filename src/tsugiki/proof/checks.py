@@ -6,8 +6,9 @@ from token ids. Knows no model and no file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from enum import Enum
 from typing import Any
 
 from rich.table import Table
@@ -26,6 +27,21 @@ LIMITS = {
     "bfloat16": (0.5, 2e-3, 5e-2),
 }
 SHOWN = 6
+LAST = "5 logits"  # the step that needs everything: memory, disk, and for GGUF llama.cpp
+
+
+class Proof(Enum):
+    """How a comparison ended; the value is the exit code of the verb that made it."""
+
+    EQUAL = 0
+    WRONG = 1
+    UNPROVEN = 3  # nothing differs in what was compared, and not everything could be
+
+    @classmethod
+    def of_all(cls, proofs: Iterable[Proof]) -> Proof:
+        """A fault outweighs what could not be proven, and that outweighs what was."""
+        found = set(proofs)
+        return next((one for one in (cls.WRONG, cls.UNPROVEN) if one in found), cls.EQUAL)
 
 
 @dataclass(frozen=True)
@@ -60,9 +76,12 @@ class Report:
         return all(check.ok for check in self.checks)
 
     @property
-    def steps(self) -> set[str]:
-        """Those that were made."""
-        return {check.step for check in self.checks}
+    def proof(self) -> Proof:
+        """What it proves: without its last step nothing whole."""
+        if not self.ok:
+            return Proof.WRONG
+        whole = any(check.step == LAST for check in self.checks)
+        return Proof.EQUAL if whole else Proof.UNPROVEN
 
     def table(self) -> Table:
         """For people: one row a check, and what is wrong beneath it."""
@@ -84,6 +103,7 @@ class Report:
             "reference": self.reference,
             "candidate": self.candidate,
             "ok": self.ok,
+            "whole": self.proof is not Proof.UNPROVEN,
             "checks": [asdict(check) for check in self.checks],
             "notes": list(self.notes),
         }

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from tsugiki.files import human_bytes
 from tsugiki.kernels.batch import ForwardBatch
+from tsugiki.models.kept import put_kept
 from tsugiki.models.load import Base, load_base
-from tsugiki.models.spec import ModelSpec
+from tsugiki.models.spec import ModelSpec, NameMap
 from tsugiki.proof.artefact import Artefact
 from tsugiki.proof.checks import LIMITS, Check
 from tsugiki.proof.streamed import stream, streamed_base
@@ -146,8 +147,10 @@ def logits_of(
     plain = None
     need = sum(4 * t.nbytes // t.dtype.itemsize for t in artefact.stored.tensors.values())
     if memory is None or need * LOADING <= memory:
-        kept = artefact.stored.kept
-        base = load_base(artefact.resolved, dtype=torch.float32, quantize=kept)
+        base = load_base(artefact.resolved, dtype=torch.float32)
+        if artefact.stored.through:
+            names = NameMap(base.spec.meta_model(), artefact.stored.tensors)
+            put_kept(base.model, names, artefact.stored)
         if artefact.changes is not None:
             plain = run(base, probe)
         artefact.attach(base.model)
