@@ -21,7 +21,7 @@ GOOD = Machine(
     system="Linux x86_64", cpu="a CPU", cores=8, present=8, load=0.2, free=30 << 30,
     total=32 << 30, swapped=0, disk=100 << 30, faults=0.1, instructions=("amx_bf16", "avx2"),
     gpus=(), driver=False, cuda=None, governor="performance", huge_pages="madvise",
-    on_battery=False, omp=None, packages=dict.fromkeys(PACKAGES, "1.0"),
+    on_battery=False, omp=None, plain="", packages=dict.fromkeys(PACKAGES, "1.0"),
 )  # fmt: skip
 NONE: dict[str, str | None] = dict.fromkeys(PACKAGES)
 GPU = (("a GPU", 8 << 30),)
@@ -34,6 +34,7 @@ AMISS: list[tuple[dict[str, Any], tuple[str, str], str]] = [
     ({"swapped": 4 << 30}, ("cpu", "bfloat16"), "swapped out"),
     ({"faults": 256.0}, ("cpu", "bfloat16"), "page faults"),
     ({"huge_pages": "never"}, ("cpu", "bfloat16"), "huge pages are off"),
+    ({"plain": "no C++ compiler"}, ("cpu", "bfloat16"), "plain torch (no C++ compiler)"),
     ({"on_battery": True}, ("cpu", "bfloat16"), "battery"),
     ({"instructions": ("avx2",)}, ("cpu", "float32"), "bf16 no faster"),
 ]  # fmt: skip

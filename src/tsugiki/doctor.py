@@ -36,7 +36,8 @@ class Machine:
     free, total: bytes of memory; swapped: bytes swapped out. faults: page faults per MB when
     memory is freed and taken again; None where nobody counts them. instructions: of
     `INSTRUCTIONS`. gpus: name and bytes. driver: an NVIDIA driver is there. cuda: version that
-    torch was built for. governor, huge_pages: the kernel's words. omp: OMP_NUM_THREADS.
+    torch was built for. governor, huge_pages: the kernel's words. omp: OMP_NUM_THREADS. plain: why
+    CPU kernels are not compiled; '' where they are.
     """
 
     system: str
@@ -57,6 +58,7 @@ class Machine:
     huge_pages: str | None
     on_battery: bool
     omp: str | None
+    plain: str
     packages: dict[str, str | None]
 
 
@@ -130,6 +132,7 @@ def look() -> Machine:
     import torch
 
     from tsugiki.device import usable_cores
+    from tsugiki.kernels.cpu.build import library
     from tsugiki.planning import free_memory
 
     battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
@@ -155,6 +158,7 @@ def look() -> Machine:
         huge_pages=_bracketed(_read("/sys/kernel/mm/transparent_hugepage/enabled")),
         on_battery=battery is not None and not battery.power_plugged,
         omp=os.environ.get("OMP_NUM_THREADS"),
+        plain=library()[1] if library()[0] is None else "",
         packages={name: _version(name) for name in PACKAGES},
     )
 
@@ -215,6 +219,14 @@ def advise(machine: Machine, device: str, dtype: str) -> Iterator[Advice]:
         )
     if machine.on_battery:
         yield Advice("this computer runs on its battery", "cores are slowed down", "plug it in")
+    if device == "cpu" and machine.plain:
+        yield Advice(
+            f"CPU kernels are plain torch ({machine.plain})",
+            "elementwise work passes over memory several times; a step takes about a tenth longer",
+            "unset TSUGIKI_COMPILED"
+            if "TSUGIKI_COMPILED" in machine.plain
+            else "install a C++ compiler, for instance: sudo apt install g++",
+        )
     if device == "cpu" and dtype == "float32" and not _has_fast_bf16(machine):
         yield Advice(
             "this CPU multiplies bf16 no faster than fp32",
