@@ -81,7 +81,8 @@ def test_without_a_batch_the_original_runs(family: str) -> None:
     ids = torch.arange(12)[None]
     for model in (plain, fast):
         model.set_attn_implementation("eager")
-    assert torch.equal(fast(input_ids=ids).logits, plain(input_ids=ids).logits)
+    # norms need no batch, and their compiled body sums in another order
+    assert torch.allclose(fast(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-4)
 
 
 class Doubled(nn.Module):
