@@ -19,7 +19,7 @@ from torch import Tensor
 from tsugiki.adapters.attach import attach
 from tsugiki.config import LoraConfig
 from tsugiki.data.chat import Example
-from tsugiki.kernels import attention, backend, flash, linear, loss, lowrank, mlp, nf4, norms
+from tsugiki.kernels import attention, backend, flash, linear, loss, lowrank, nf4
 from tsugiki.kernels.attention import packed_attention, reference_attention
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.kernels.linear import DenseWeight, LoraTerm, grouped_linear, reference_linear
@@ -42,7 +42,7 @@ TRITON = [family for family in backend.FAMILIES if family != "attention"]
 @pytest.fixture
 def gpu_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every operation takes Triton's bodies, the fused product too."""
-    for module in (linear, lowrank, mlp, nf4, norms, loss):
+    for module in (backend, linear, lowrank, nf4):
         monkeypatch.setattr(module, "triton_runs", lambda x, family: True)
 
 
@@ -359,9 +359,11 @@ def test_what_a_gpu_is_not_made_for_is_not_tried(
     gpu = torch.device("cuda")
     taken = {f for f in backend.FAMILIES if not backend.why_plain(gpu, torch.float16, f)}
     assert taken == set(backend.FAMILIES) - plain
-    said = backend.describe(gpu, torch.float16)
-    assert said.startswith("GPU kernels: ")
-    assert all(f"({name})" in said for name in plain)
+    kernels, why = backend.describe(gpu, torch.float16)
+    assert kernels.startswith("Triton: ")
+    assert all(f"({name})" in why for name in plain)
+    noted = backend.operations(gpu, torch.float16)
+    assert {family for family, body in noted.items() if body == "torch"} == plain
 
 
 def test_a_cpu_imports_no_triton() -> None:

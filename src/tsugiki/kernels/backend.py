@@ -46,7 +46,10 @@ def operations(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
             for family in FAMILIES
         }
     some = torch.empty(1, dtype=dtype, device=device)
-    return {family: "torch" if bodies(some, family) is None else "compiled" for family in ON_CPU}
+    return {
+        family: "torch" if compiled_bodies(some, family) is None else "compiled"
+        for family in ON_CPU
+    }
 
 
 def replay(
@@ -68,11 +71,16 @@ def bodies(x: Tensor, family: str) -> Any:
     """The module with one-pass bodies of a family for this tensor; None: plain torch."""
     if triton_runs(x, family):
         return importlib.import_module(f"tsugiki.kernels.gpu.{family}")
-    if x.device.type == "cpu" and family not in _plain:
-        from tsugiki.kernels.cpu import compiled
+    return compiled_bodies(x, family)
 
-        return compiled if compiled.runs(x) else None
-    return None
+
+def compiled_bodies(x: Tensor, family: str) -> Any:
+    """The same of compiled bodies alone, for families that have no Triton ones of that shape."""
+    if x.device.type != "cpu" or family in _plain:
+        return None
+    from tsugiki.kernels.cpu import compiled
+
+    return compiled if compiled.runs(x) else None
 
 
 def triton_runs(x: Tensor, family: str) -> bool:

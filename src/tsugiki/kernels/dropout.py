@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsugiki.kernels.backend import bodies
+from tsugiki.kernels.backend import compiled_bodies
 
 SIZE = 1 << 22  # entries of a table
 ALIGN = 16  # entries: offsets stay on vector boundaries
@@ -61,7 +61,7 @@ def add_dropped(onto: Tensor, x: Tensor, rate: float, seed: int, scale: float = 
 
 def _fused(x: Tensor, out: Tensor) -> Any:
     contiguous = x.is_contiguous() and out.is_contiguous()
-    return bodies(x, "dropout") if contiguous and not x.is_cuda else None
+    return compiled_bodies(x, "dropout") if contiguous else None
 
 
 def _parts(x: Tensor, seed: int) -> Iterator[tuple[Tensor, int | None, slice]]:

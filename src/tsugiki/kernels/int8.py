@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tsugiki.kernels.backend import bodies
+from tsugiki.kernels.backend import compiled_bodies
 from tsugiki.kernels.int8_rows import Int8Codes, quantize_int8
 from tsugiki.kernels.linear import FrozenWeight
 from tsugiki.kernels.quantized import QuantizedWeight, Workspace
@@ -97,7 +97,7 @@ def quantise(
     codes = scratch.take("codes", (count, width), x, torch.int8)
     scale = torch.empty(count, 1, dtype=torch.float32, device=x.device)
     ratio = torch.empty_like(scale)
-    fused = bodies(x, "int8")
+    fused = compiled_bodies(x, "int8")
     if fused is not None:
         chance = _noise(x.device) if dither else None
         if chance is not None and width > len(chance) // 2:
@@ -190,7 +190,7 @@ class Int8Weight:
         out, width = self.shape
         flat = x if x.dim() == 2 else x.reshape(-1, width)
         y = torch.empty(flat.shape[0], out, dtype=x.dtype, device=x.device)
-        fused = bodies(y, "int8")
+        fused = compiled_bodies(y, "int8")
         with torch.no_grad():
             codes = self.scratch.quantised(flat)
             for rows, columns in _tiles(*y.shape):
@@ -244,7 +244,7 @@ class Int8Weight:
 
     def _add_back(self, codes: Quantised, packed: Tensor, total: Tensor, fresh: bool) -> None:
         """total (T, in) = or += codes (T, k) · packed (k, in)."""
-        fused = bodies(total, "int8")
+        fused = compiled_bodies(total, "int8")
         for rows, columns in _tiles(*total.shape):
             products = self._products(codes.codes[rows], packed[:, columns])
             if fused is not None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tsugiki.kernels.backend import bodies, triton_runs
+from tsugiki.kernels.backend import compiled_bodies, triton_runs
 from tsugiki.kernels.quantized import ALL, Workspace
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Nf4Codes:
             if nf4_cuda.available():
                 return nf4_cuda.unpack(self, dtype)
         scale = block_scales(self, workspace).view(out, -1)[rows, first // BLOCK : last // BLOCK]
-        fused = bodies(tile, "nf4")
+        fused = compiled_bodies(tile, "nf4")
         if fused is not None:
             unpacked: Tensor = fused.nf4_unpack(packed, scale, _levels(self.device), tile)
             return unpacked
