@@ -54,7 +54,7 @@ demo: $(VENV)/.gguf
 	$(VENV)/bin/tsugiki demo
 
 test: $(VENV)/.test
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

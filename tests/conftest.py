@@ -49,6 +49,11 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     backend.hold_plain(())
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest first: begun last, it would run on alone."""
+    items.sort(key=lambda item: item.path.name != "test_wheel.py")
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     name = report.nodeid
     if report.failed:
