@@ -50,9 +50,10 @@ def draw(path: Path, content: dict[str, Any]) -> Path:
             floor = report["rows"]["floor"]["step"]
             left.axvline(floor, color="black", linewidth=1, linestyle=":")
             left.text(floor, len(names) - 0.45, f" floor {floor:.1f} s", fontsize=8)
+        layers = f", {report['layers']} layers" if report.get("layers") else ""
         day, machine = content["date"][:10], content["machine"]
         figure.suptitle(
-            f"{report['shape']}, {report.get('set') or str(report['tokens']) + ' tokens'}, "
+            f"{report['shape']}{layers}, {report.get('set') or str(report['tokens']) + ' tokens'}, "
             f"{machine['cores']} cores, {day}", fontsize=9, color="#555555",
         )  # fmt: skip
         target = path.with_suffix(".svg")
