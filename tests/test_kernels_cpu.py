@@ -90,8 +90,9 @@ def test_error_is_no_worse_than_plain_torchs(name: str, dtype: torch.dtype, rows
     plain = value_and_gradient(OPERATIONS[name], x)
     for one, two, e in zip(compiled, plain, exact, strict=True):
         ours, theirs = ((float((t.double() - e).norm() / e.norm())) for t in (one, two))
-        # a few roundings are luck where there are few numbers
-        assert ours <= 1.2 * theirs + torch.finfo(dtype).eps
+        # the error of a few numbers is luck
+        luck = torch.finfo(dtype).eps / (1 if e.numel() < 100 else 32)
+        assert ours <= 1.2 * theirs + luck
 
 
 @needs_compiler
@@ -163,6 +164,27 @@ def test_int8_codes_are_plain_torchs_within_one_step() -> None:
     assert ours.apart is not None
     assert plain.apart is not None
     assert torch.equal(ours.apart.columns, plain.apart.columns)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [-100, 203])
+def test_a_target_beyond_the_head_is_an_error_and_touches_no_memory(bad: int) -> None:
+    head = Head(DenseWeight(torch.randn(203, 45)))
+    with pytest.raises(IndexError, match="beyond the 203 rows"):
+        chunked_cross_entropy(torch.randn(2, 45), head, torch.tensor([3, bad]))
+
+
+@needs_compiler
+def test_gradients_of_any_strides() -> None:
+    """Of a sum: one number expanded to a matrix."""
+    x = torch.randn(6, 45, requires_grad=True)
+    weight = int8.Int8Weight.of(DenseWeight(torch.randn(45, 30)), int8.Scratch())
+    expanded = torch.ones(1, 1).expand(6, 45)
+    assert torch.equal(weight.matmul_t(expanded), weight.matmul_t(expanded.contiguous()))
+    plain = torch.autograd.grad(turned(x).sum(), x)[0]
+    leaf = x.detach().requires_grad_()
+    y = turned(leaf)
+    assert torch.equal(plain, torch.autograd.grad(y, leaf, torch.ones_like(y))[0])
 
 
 def test_a_family_held_to_torch_stays_there() -> None:

@@ -54,7 +54,7 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         ctx.offset, ctx.shape = offset, x.shape
-        fused = bodies(flat, "norms")
+        fused = bodies(flat, "norms") if weight.dtype == x.dtype else None
         if fused is not None:
             out, inverse = fused.norm_rows(flat, weight, eps, offset)
             ctx.save_for_backward(flat, inverse, weight)
@@ -77,7 +77,7 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         flat, inverse, weight = ctx.saved_tensors
         grad = grads[0].reshape(flat.shape)
-        fused = bodies(flat, "norms")
+        fused = bodies(flat, "norms") if weight.dtype == flat.dtype else None
         if fused is not None:
             out = fused.norm_rows_back(grad, flat, weight, inverse, ctx.offset)
             return out.view(ctx.shape), None, None, None

@@ -46,6 +46,8 @@ def gate_back(
     grad_g: Tensor | None,
 ) -> None:
     """From dh (T, m) to de and dg, and h again where wanted; dg may be dh's own memory."""
+    assert grad.is_contiguous()
+    assert h is None or h.is_contiguous()
     _call(
         "gate_back", e, grad, e, g, h, grad_e, grad_g, *e.shape, e.stride(0), _stride(g),
         grad_e.stride(0), _stride(grad_g), KINDS[activation],
@@ -62,6 +64,10 @@ def softmax_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """−log p(target) a row (n,), fp32; with `needs`, logits (n, V) become factor · d loss / d W·h
     but for the targets' entries (n, 1), which come apart, and are zero there."""
+    assert logits.is_contiguous()
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
+        raise IndexError(f"a target beyond the {logits.shape[1]} rows of the head")
+    targets = targets.to(torch.int64).contiguous()
     losses = torch.empty(len(targets))
     own = torch.empty(len(targets), 1)
     cap = softcap or 0.0
@@ -92,6 +98,7 @@ def norm_rows_back(
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, direction: int) -> None:
     """Rotary embedding of x (T, heads, d) into out; cos, sin (T, 2·h)."""
+    x = _along_rows(x)
     _call(
         "turn", x, x, cos.contiguous(), sin.contiguous(), out, *x.shape, cos.shape[-1] // 2,
         x.stride(0), x.stride(1), out.stride(0), out.stride(1), float(direction),
@@ -125,6 +132,7 @@ def quantise(
     chance: a table of which a part, another for each row, is added before rounding.
     scale (T, 1): a row's peak over levels; ratio (T, 1): over its root mean square.
     """
+    x = _along_rows(x)
     _call("quantise", x, x, fold, chance, codes, scale, ratio, *x.shape, x.stride(0), levels,
           0 if chance is None else chance.numel())  # fmt: skip
 
@@ -139,6 +147,10 @@ def scaled(
 ) -> None:
     """products (T, n) int32 · row_scale (T, 1) · column_scale (n,) + bias (n,) into or onto y."""
     _call("scaled", y, products, row_scale, column_scale, bias, y, *y.shape, y.stride(0), int(add))
+
+
+def _along_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def _stride(x: Tensor | None) -> int:
