@@ -230,3 +230,16 @@ def test_without_a_compiler_everything_works(
     assert done.stdout.startswith(reason)
     assert done.stdout.endswith("4.0\n")
     assert not list(tmp_path.rglob("*.so"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("left", [0, 3000])
+def test_a_library_cut_short_is_built_again(left: int, tmp_path: Path) -> None:
+    script = "from tsugiki.kernels.cpu.build import library; assert library()[0] is not None"
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", script], env=env, check=True)
+        (built,) = tmp_path.rglob("*.so")
+        size = built.stat().st_size
+        os.truncate(built, left)
+    assert size > 10_000

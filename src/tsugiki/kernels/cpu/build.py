@@ -61,7 +61,8 @@ def _built(compiler: str) -> Path:
     said = "\0".join([*texts, *command, *map(str, openmp), version, _processor()])
     name = hashlib.sha256(said.encode()).hexdigest()[:16]
     place = _folder() / f"bodies-{name}.so"
-    if not place.exists():
+    seal = place.with_suffix(".sha256")  # loading a file cut short would end the process
+    if not (place.exists() and seal.exists() and seal.read_text() == _digest(place)):
         units = [str(source) for source in SOURCES if source.suffix == ".cpp"]
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as folder:
@@ -70,8 +71,15 @@ def _built(compiler: str) -> Path:
                 [*command, *units, "-o", str(made), *map(str, openmp)],
                 capture_output=True, text=True, check=True, timeout=SECONDS,
             )  # fmt: skip
+            written = Path(folder) / "seal"
+            written.write_text(_digest(made))
             os.replace(made, place)
+            os.replace(written, seal)
     return place
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _folder() -> Path:
