@@ -1,8 +1,10 @@
 """`python -m benchmarks.defaults_sweep`: what bare `tsugiki train` reaches of the best of a sweep.
 
 For each base, data set, number of rows and seed: the chosen defaults run through the real pipeline;
-beside them every rate × number of epochs on the same rows, split and batches (`stacked.py`). The
-sweep's best is chosen by validation loss, and both are compared on test rows. Each cell is added to
+beside them rates × epochs on the same rows, split and batches (`stacked.py`): all rates for one
+epoch, then for 2, 4 and 8 epochs the rate that was best for the last number and its neighbours
+(`--full` runs every rate; a whole grid costs two and a half times as much). The sweep's best is
+chosen by validation loss, and both are compared on test rows. Each cell is added to
 results/defaults_sweep.jsonl as it is done, so that the sweep may be stopped and continued; the
 summary is over all cells found there.
 """
@@ -36,11 +38,11 @@ from tsugiki.training.objective import held_out_loss
 RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 EPOCHS = [1, 2, 4, 8]
 CELLS = record.RESULTS / "defaults_sweep.jsonl"
-GROWN = Path.home() / ".cache" / "tsugiki" / "grown-256"
+GROWN = Path.home() / ".cache" / "tsugiki" / "grown-384"
 BASES = {
     "stories260K": str(record.SHARED / "models" / "stories260K"),
     "sprout": None,
-    "grown at hidden 256": str(GROWN),
+    "grown at hidden 384": str(GROWN),
 }
 TEST_ROWS = 100
 ENOUGH = 0.8
@@ -49,12 +51,22 @@ ENOUGH = 0.8
 def grow() -> None:
     """The third base, by the same tool as sprout, wider and shorter trained."""
     tool = record.RESULTS.parent.parent / "tools" / "grow_sprout.py"
-    command = [sys.executable, "-W", "ignore", str(tool), "--hidden", "256", "--layers", "4",
-               "--tokens", "4", "--seed", "1", "--output", str(GROWN)]  # fmt: skip
+    command = [sys.executable, "-W", "ignore", str(tool), "--hidden", "384", "--layers", "3",
+               "--tokens", "3", "--seed", "1", "--output", str(GROWN)]  # fmt: skip
     subprocess.run(command, check=True)
 
 
-def cell(base_name: str, data: str, count: int, seed: int, folder: Path) -> dict[str, Any]:
+def near(runs: list[dict[str, float]]) -> list[float]:
+    """The rate that validates best among the runs with most epochs, and its neighbours."""
+    most = max(run["epochs"] for run in runs)
+    best = min((run for run in runs if run["epochs"] == most), key=lambda run: run["valid"])
+    place = RATES.index(best["rate"])
+    return RATES[max(0, place - 1) : place + 2]
+
+
+def cell(
+    base_name: str, data: str, count: int, seed: int, folder: Path, *, full: bool
+) -> dict[str, Any]:
     """Default and sweep on one choice of rows."""
     train_file, test_file, options = SETS[data]
     lines = train_file.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -75,13 +87,15 @@ def cell(base_name: str, data: str, count: int, seed: int, folder: Path) -> dict
     before, default = default_test_loss(session, result.adapter, test)
     seconds = time.monotonic() - began
     settings = session.plan.config.train
-    runs = []
+    runs: list[dict[str, float]] = []
     for epochs in EPOCHS:
         plain = load_base(session.resolved, dtype=session.decisions.torch_dtype)
+        rates = near(runs) if runs and not full else RATES
         runs += sweep(
             plain, session.plan.config.lora, session.prepared.train, session.prepared.held_out,
-            test, rates=RATES, epochs=epochs, rows_per_step=session.plan.rows_per_step, seed=seed,
-            warmup_ratio=settings.warmup_ratio or 0.0, decay=settings.weight_decay or 0.0,
+            test, rates=rates, epochs=epochs, rows_per_step=session.plan.rows_per_step,
+            seed=seed, warmup_ratio=settings.warmup_ratio or 0.0,
+            decay=settings.weight_decay or 0.0,
         )  # fmt: skip
     best = min(runs, key=lambda run: run["valid"])
     return {
@@ -135,6 +149,7 @@ def main() -> bool:
     parser.add_argument("--sets", nargs="*", default=list(SETS))
     parser.add_argument("--rows", nargs="*", type=int, default=[100, 300, 3000])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--full", action="store_true", help="every rate for every number of epochs")
     parser.add_argument("--again", action="store_true", help="forget the cells done before")
     arguments = parser.parse_args()
     if arguments.again:
@@ -150,7 +165,7 @@ def main() -> bool:
                     if (name, data, count, seed) in known:
                         continue
                     with tempfile.TemporaryDirectory() as temporary:
-                        found = cell(name, data, count, seed, Path(temporary))
+                        found = cell(name, data, count, seed, Path(temporary), full=arguments.full)
                     found["asked rows"] = count
                     done.append(found)
                     with CELLS.open("a", encoding="utf-8") as file:

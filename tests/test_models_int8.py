@@ -73,7 +73,7 @@ def test_each_family_multiplies_in_int8(family: str) -> None:
         products.use(level)
         lowest.append(float(cosines(gradients(model, tuned), exact).median()))
     assert lowest[0] > 0.95, lowest  # matrices of these tiny random models are wild
-    assert lowest[2] > max(0.99, lowest[0]), "the safest level is closer"
+    assert lowest[-1] > max(0.99, lowest[0]), "the safest level is closer"
     assert list(model.state_dict()) == names, "no name changes"
     with torch.no_grad():  # evaluation sees the base as it is
         assert torch.equal(flat_forward(model, ids, ForwardBatch((20,))), before)

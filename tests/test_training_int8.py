@@ -101,7 +101,10 @@ class WrongForward(Int8Weight):
         return y * 1.5 if self.forward else y
 
 
-@pytest.mark.parametrize(("name", "taken"), [("self_attn.v_proj", 1), ("mlp.gate_proj", 2)])
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [("self_attn.v_proj", 1), ("mlp.up_proj", 2), ("mlp.gate_proj", 3), ("head", 4)],
+)
 def test_a_level_that_misses_a_bound_gives_way_to_a_safer_one(
     name: str, taken: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +112,7 @@ def test_a_level_that_misses_a_bound_gives_way_to_a_safer_one(
     monkeypatch.setattr(gradients, "MEDIAN", 0.99)
     monkeypatch.setattr(gradients, "RATIOS", (0.9, 1.1))
     model, products, loss_of = prepared()
-    path = f"model.layers.1.{name}"
+    path = "lm_head" if name == "head" else f"model.layers.1.{name}"
     products.weights[path] = WrongForward(**vars(products.weights[path]))
     products.use(0)
     settled = settle(model, products, loss_of, [ROWS], draw=True)
@@ -256,7 +259,7 @@ def test_the_level_of_a_run_is_resumed(place: Path, monkeypatch: pytest.MonkeyPa
     own = loop.settle
 
     def careful(model: nn.Module, products: Int8Products, *given: Any, **more: Any) -> Any:
-        products.use(2)
+        products.use(len(LEVELS) - 1)
         return own(model, products, *given, **more)
 
     monkeypatch.setattr(loop, "settle", careful)
