@@ -2,9 +2,9 @@
 
 For each base, data set, number of rows and seed: the chosen defaults run through the real pipeline;
 beside them rates × epochs on the same rows, split and batches (`stacked.py`): all rates for one
-epoch, then for 2, 4 and 8 epochs the rate that was best for the last number and its neighbours
-(`--full` runs every rate; a whole grid costs two and a half times as much). The sweep's best is
-chosen by validation loss, and both are compared on test rows. Each cell is added to
+epoch, for two the best rate and its neighbours, for four and eight the best and its better
+neighbour (`--full` runs every rate; a whole grid costs two and a half times as much). The sweep's
+best is chosen by validation loss, and both are compared on test rows. Each cell is added to
 results/defaults_sweep.jsonl as it is done, so that the sweep may be stopped and continued; the
 summary is over all cells found there.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -57,11 +58,16 @@ def grow() -> None:
 
 
 def near(runs: list[dict[str, float]]) -> list[float]:
-    """The rate that validates best among the runs with most epochs, and its neighbours."""
+    """Which rates to try with more epochs: the one that validates best with the most epochs so far
+    and its neighbours, after two steps only the better neighbour."""
     most = max(run["epochs"] for run in runs)
-    best = min((run for run in runs if run["epochs"] == most), key=lambda run: run["valid"])
-    place = RATES.index(best["rate"])
-    return RATES[max(0, place - 1) : place + 2]
+    last = {run["rate"]: run["valid"] for run in runs if run["epochs"] == most}
+    best = min(last, key=lambda rate: last[rate])
+    place = RATES.index(best)
+    beside = [rate for rate in RATES[max(0, place - 1) : place + 2] if rate != best]
+    if most > 1:
+        beside = sorted(beside, key=lambda rate: last.get(rate, math.inf))[:1]
+    return sorted([best, *beside])
 
 
 def cell(

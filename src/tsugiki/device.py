@@ -24,6 +24,7 @@ from tsugiki.errors import RunError, UsageError
 NARROW = 256
 # bf16 must win by this much in the probe before rounding is taken on.
 WORTHWHILE = 1.3
+ROUNDS = 20  # of a probe: on a busy machine a few are all cut into
 TENSOR_CORES = (7, 0)  # compute capability; before, fp16 is no faster than fp32, often slower
 
 
@@ -203,31 +204,31 @@ def choose_compute(device: str, dtype: str, hidden_size: int) -> tuple[str, str]
 
 def bf16_speedup(device: str, width: int) -> float:
     """How many times faster a (256, width)·(width, 2·width) product is in bf16 than in fp32."""
-    x, w = torch.randn(256, width, device=device), torch.randn(2 * width, width, device=device)
-
-    def best(dtype: torch.dtype) -> float:
-        left, right = x.to(dtype), w.to(dtype).T
-        return _best_seconds(lambda out: torch.matmul(left, right, out=out), left @ right)
-
-    return best(torch.float32) / best(torch.bfloat16)
+    x, w = torch.randn(256, width, device=device), torch.randn(2 * width, width, device=device).T
+    return _speedup(torch.matmul, (x, w), torch.matmul, (x.bfloat16(), w.bfloat16()))
 
 
 def int8_speedup(width: int, dtype: torch.dtype) -> float:
     """How many times faster such a product of int8 codes is on this CPU than in a type."""
     codes = torch.randint(-127, 128, (256, width), dtype=torch.int8)
     weight = torch.randint(-127, 128, (2 * width, width), dtype=torch.int8).T
-    left, right = codes.to(dtype), weight.to(dtype)
-    product = torch._int_mm(codes, weight)
-    plain = _best_seconds(lambda out: torch.matmul(left, right, out=out), left @ right)
-    return plain / _best_seconds(lambda out: torch._int_mm(codes, weight, out=out), product)
+    plain = codes.to(dtype), weight.to(dtype)
+    return _speedup(torch.matmul, plain, torch._int_mm, (codes, weight))
 
 
-def _best_seconds(run: Callable[[torch.Tensor], object], out: torch.Tensor) -> float:
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        run(out)
-        if out.device.type == "mps":
-            torch.mps.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+Product = Callable[..., torch.Tensor]
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def _speedup(slow: Product, of_slow: Pair, fast: Product, of_fast: Pair) -> float:
+    """Ratio of the shortest times, taken in turns so that other work meets both."""
+    best = [float("inf")] * 2
+    outs = [slow(*of_slow), fast(*of_fast)]
+    for _ in range(ROUNDS):
+        for which, (product, pair) in enumerate(((slow, of_slow), (fast, of_fast))):
+            start = time.perf_counter()
+            product(*pair, out=outs[which])
+            if outs[which].device.type == "mps":
+                torch.mps.synchronize()
+            best[which] = min(best[which], time.perf_counter() - start)
+    return best[0] / best[1]
