@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from benchmarks import step as clockwork
 from benchmarks.shapes import SHAPES, Shape, make_config, make_model, products
@@ -22,6 +23,7 @@ from tsugiki.config import LoraConfig
 from tsugiki.data.chat import Example
 from tsugiki.device import keep_pages
 from tsugiki.kernels.backend import ON_CPU, hold_plain
+from tsugiki.kernels.loss import CHUNK
 from tsugiki.models.flat import flat_loss, use_flat_attention
 from tsugiki.models.int8 import LEVELS, Int8Products
 from tsugiki.models.quantized import quantize_modules
@@ -53,7 +55,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model = make_model(config, torch.float32 if name == "peft-fp32" else torch.bfloat16)
     counts = products(model)
     rows = random_rows(config.vocab_size, options.rows, options.length)
-    make = ours if name.startswith("ours") else theirs
+    make = {"ours": ours, "peft": theirs, "products": bare}[name.partition("-")[0]]
     if name == "ours-nf4":
         quantize_modules(model, "nf4")
     if name == "ours-int8":
@@ -153,6 +155,37 @@ def _ours(
         ).loss  # fmt: skip
 
     return step, tuned, loss_of
+
+
+def bare(_: str, model: nn.Module, shape: Shape, rows: list[Example]) -> tuple[Step, str]:
+    """The step's frozen products alone: in order and back again, into memory that is kept."""
+    keep_pages()
+    tokens = sum(len(row.ids) for row in rows)
+    matrices = [
+        m.weight.detach().T if isinstance(m, Conv1D) else m.weight.detach()
+        for m in model.modules()
+        if isinstance(m, nn.Linear | Conv1D)
+    ]
+    head = matrices.pop()
+    size = -(-tokens // max(1, -(-tokens * len(head) // CHUNK)))
+    widths = {width for matrix in [*matrices, head] for width in matrix.shape} - {len(head)}
+    given = {width: torch.randn(tokens, width).bfloat16() for width in widths}
+    taken = {width: torch.empty(tokens, width).bfloat16() for width in widths}
+    logits = torch.empty(size, len(head)).bfloat16()
+
+    def step() -> float:
+        for w in matrices:
+            torch.mm(given[w.shape[1]], w.T, out=taken[w.shape[0]])
+        for begin in range(0, tokens, size):
+            part = slice(begin, min(begin + size, tokens))
+            some = logits[: part.stop - begin]
+            torch.mm(given[head.shape[1]][part], head.T, out=some)
+            torch.mm(some, head, out=taken[head.shape[1]][part])
+        for w in reversed(matrices):
+            torch.mm(given[w.shape[0]], w, out=taken[w.shape[1]])
+        return 0.0
+
+    return step, ""
 
 
 def theirs(name: str, model: nn.Module, shape: Shape, rows: list[Example]) -> tuple[Step, str]:

@@ -28,7 +28,7 @@ from benchmarks.shapes import SHAPES
 ROOT = Path(__file__).parent.parent
 CONTESTANTS = (
     "ours", "ours-dry", "ours-torch", "ours-plain", "ours-int8", "ours-nf4",
-    "peft", "peft-dry", "peft-tuned", "peft-fp32",
+    "peft", "peft-dry", "peft-tuned", "peft-fp32", "products",
 )  # fmt: skip
 DROPOUT = 0.05
 FLOORS = ("floor", "floor-int8")
@@ -43,6 +43,7 @@ DESCRIPTIONS = {
     "peft-dry": "the same with dropout 0",
     "peft-tuned": "PEFT tuned: bf16 adapters, dropout 0, pages kept, layers compiled",
     "peft-fp32": f"PEFT in fp32, dropout {DROPOUT}",
+    "products": "the frozen products of a step alone, in its order, with out=",
 }
 
 # What this project set itself for Qwen2.5-0.5B's shape on two cores; missed ones are printed too.
@@ -61,7 +62,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
     parser.add_argument(
         "--against",
-        default="ours-torch,ours-nf4,ours-int8,peft,peft-tuned,peft-fp32,floor",
+        default="products,ours-torch,ours-nf4,ours-int8,peft,peft-tuned,peft-fp32,floor",
         help="peers, by commas",
     )
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
@@ -217,12 +218,16 @@ def summarise(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace
     ratios = {}
     for name in runs:
         ratios[f"{name}/floor"] = rows[name]["step"] / floor
-        if not name.startswith("ours"):
+        if name.startswith("peft"):
             ours = "ours-dry" if name in ("peft-tuned", "peft-dry") else "ours"
             ratios[f"{name}/ours"] = rows[name]["step"] / rows[ours]["step"]
     ratios["dropout/dry"] = rows["ours"]["step"] / rows["ours-dry"]["step"]
     if "peft" in rows:
         ratios["rss ours/peft"] = rows["ours"]["peak_rss"] / rows["peft"]["peak_rss"]
+    if "products" in rows:
+        ratios["ours-dry/products"] = rows["ours-dry"]["step"] / rows["products"]["step"]
+        if "ours-int8" in rows:
+            ratios["ours-int8/products"] = rows["ours-int8"]["step"] / rows["products"]["step"]
     if "ours-nf4" in rows:
         ratios["ours-nf4/ours"] = rows["ours-nf4"]["step"] / rows["ours"]["step"]
     if "ours-torch" in rows:
