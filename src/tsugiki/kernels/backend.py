@@ -27,7 +27,7 @@ TYPES = (torch.float16, torch.bfloat16, torch.float32)
 PRODUCTS = ("lowrank", "product", "nf4_product")
 
 
-ON_CPU = ("norms", "activations", "loss", "dropout", "nf4", "int8")
+ON_CPU = ("norms", "activations", "loss", "dropout", "nf4", "int8", "tiles")
 
 _plain: set[str] = set()
 
@@ -80,6 +80,8 @@ def compiled_bodies(x: Tensor, family: str) -> Any:
         return None
     from tsugiki.kernels.cpu import compiled
 
+    if family == "tiles" and not compiled.tiles():
+        return None
     return compiled if compiled.runs(x) else None
 
 

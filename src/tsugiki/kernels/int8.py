@@ -24,6 +24,7 @@ from torch import Tensor
 from tsugiki.kernels.backend import compiled_bodies
 from tsugiki.kernels.int8_rows import Int8Codes, quantize_int8
 from tsugiki.kernels.linear import FrozenWeight
+from tsugiki.kernels.products import multiply_codes
 from tsugiki.kernels.quantized import QuantizedWeight, Workspace
 
 LEVELS = 127  # each side of zero
@@ -193,7 +194,11 @@ class Int8Weight:
         fused = compiled_bodies(y, "int8")
         with torch.no_grad():
             codes = self.scratch.quantised(flat)
-            for rows, columns in _tiles(*y.shape):
+            done = multiply_codes(
+                codes.codes, self.packed, codes.scale, self.scales, self.bias, y,
+                across=False, add=False,
+            )  # fmt: skip
+            for rows, columns in () if done else _tiles(*y.shape):
                 products = self._products(codes.codes[rows], self.packed[columns].T)
                 if fused is not None:
                     bias = None if self.bias is None else self.bias[columns]
@@ -245,7 +250,10 @@ class Int8Weight:
     def _add_back(self, codes: Quantised, packed: Tensor, total: Tensor, fresh: bool) -> None:
         """total (T, in) = or += codes (T, k) · packed (k, in)."""
         fused = compiled_bodies(total, "int8")
-        for rows, columns in _tiles(*total.shape):
+        done = multiply_codes(
+            codes.codes, packed, codes.scale, None, None, total, across=True, add=not fresh
+        )
+        for rows, columns in () if done else _tiles(*total.shape):
             products = self._products(codes.codes[rows], packed[:, columns])
             if fused is not None:
                 y = total[rows, columns]

@@ -19,6 +19,7 @@ from tsugiki.kernels.backend import triton_runs
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.kernels.dropout import draw_seed
 from tsugiki.kernels.lowrank import add_product, grad_of_a, pair_gradients, shrink
+from tsugiki.kernels.products import add_multiplied, multiply
 
 WIDE = 1 << 24  # weights widened at a time: 64 MB
 
@@ -70,14 +71,12 @@ class DenseWeight:
 
     def matmul(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out), the bias included."""
-        return F.linear(x, self.dense(), self.bias)
+        return multiply(x, self.dense(), self.bias)
 
     def matmul_t(self, g: Tensor, onto: Tensor | None = None) -> Tensor:
         """g (…, out) → (…, in); added to `onto` in place where given."""
-        if onto is None:
-            return torch.matmul(g, self.dense())
-        onto.view(-1, onto.shape[-1]).addmm_(g.reshape(-1, g.shape[-1]), self.dense())
-        return onto
+        matrix = self.dense().T
+        return multiply(g, matrix) if onto is None else add_multiplied(onto, g, matrix)
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows (n, in) of the (out, in) matrix."""

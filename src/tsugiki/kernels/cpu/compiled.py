@@ -6,6 +6,7 @@ Checks nothing that its callers know; `runs` says which tensors the bodies take.
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,6 +23,36 @@ Argument = Tensor | int | float | None
 def runs(x: Tensor) -> bool:
     """Whether the bodies take a tensor of this kind."""
     return x.dtype in NAMES and x.device.type == "cpu" and library()[0] is not None
+
+
+@lru_cache(maxsize=1)
+def tiles() -> bool:
+    """Whether this CPU has tile registers that this process may use."""
+    loaded = library()[0]
+    return loaded is not None and bool(loaded.tiles_ready())
+
+
+def multiply(x: Tensor, matrix: Tensor, bias: Tensor | None, y: Tensor, add: bool) -> None:
+    """y (T, n) = or += x (T, K) · matrixᵀ (n, K) + bias (n,), bf16; bias fp32; K in 32s."""
+    x, across = _along_rows(x), matrix.stride(1) != 1
+    stored = matrix.T if across else matrix
+    _call("multiply", y, x, stored, None, None, bias, y, *y.shape, x.shape[1], x.stride(0),
+          stored.stride(0), y.stride(0), int(across), int(add))  # fmt: skip
+
+
+def multiply_codes(
+    codes: Tensor,
+    matrix: Tensor,
+    rows: Tensor,
+    columns: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    across: bool,
+    add: bool,
+) -> None:
+    """See `kernels/products.py`; K is a multiple of 64."""
+    _call("multiply_codes", y, codes, matrix, rows, columns, bias, y, *y.shape, codes.shape[1],
+          codes.stride(0), matrix.stride(0), y.stride(0), int(across), int(add))  # fmt: skip
 
 
 def activates(activation: str) -> bool:

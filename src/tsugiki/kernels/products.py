@@ -1,0 +1,82 @@
+"""Products with a frozen matrix: torch's, or compiled ones on a CPU with tile registers.
+
+Compiled ones read the matrix as it is stored and round each sum once, however many threads there
+are; torch's are taken for few rows, odd widths and whatever autograd must see. Knows no adapters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tsugiki.kernels.backend import compiled_bodies
+
+FEW = 64  # rows: below, laying out the matrix costs more than the tiles save
+DEEP = 8192  # of K: beyond, torch's products are as fast
+STEP = 64  # bytes: the depth of a tile; a matrix of other width is not taken
+
+
+def multiply(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (…, K) · matrixᵀ (n, K) + bias (n,) → (…, n); seen by autograd where it records."""
+    fused = _tiles(x, matrix)
+    if fused is None:
+        return F.linear(x, matrix, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    y = x.new_empty(flat.shape[0], matrix.shape[0])
+    fused.multiply(flat, matrix, None if bias is None else bias.float(), y, add=False)
+    return y.view(*x.shape[:-1], -1)
+
+
+def add_multiplied(onto: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
+    """onto (…, n) += x (…, K) · matrixᵀ (n, K), in place. Not recorded by autograd."""
+    flat, y = x.reshape(-1, x.shape[-1]), onto.view(-1, onto.shape[-1])
+    fused = _tiles(x, matrix)
+    if fused is None:
+        y.addmm_(flat, matrix.T)
+    else:
+        fused.multiply(flat, matrix, None, y, add=True)
+    return onto
+
+
+def _tiles(x: Tensor, matrix: Tensor) -> Any:
+    """The compiled product, where it takes these and is the faster one."""
+    width = matrix.shape[1]
+    suits = (
+        x.dtype == matrix.dtype == torch.bfloat16
+        and 2 * width % STEP == 0
+        and width <= DEEP
+        and x.numel() >= FEW * width
+        and 1 in matrix.stride()
+    )
+    if not suits or (torch.is_grad_enabled() and (x.requires_grad or matrix.requires_grad)):
+        return None
+    return compiled_bodies(x, "tiles")
+
+
+def multiply_codes(
+    codes: Tensor,
+    matrix: Tensor,
+    rows: Tensor,
+    columns: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    *,
+    across: bool,
+    add: bool,
+) -> bool:
+    """y (T, n) = or += codes (T, K) · matrix · rows (T, 1) · columns (n,) + bias, if tiles can.
+
+    Args:
+        codes, matrix: int8; the matrix is (n, K), or across (K, n).
+
+    Returns:
+        False: y is as it was.
+    """
+    fused = compiled_bodies(y, "tiles")
+    if fused is None or codes.shape[1] % STEP or y.dtype not in (torch.bfloat16, torch.float32):
+        return False
+    fused.multiply_codes(codes, matrix, rows, columns, bias, y, across, add)
+    return True

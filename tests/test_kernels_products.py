@@ -1,0 +1,111 @@
+"""Products on tile registers against torch's own in fp64: ragged shapes, both layouts, any threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tsugiki.kernels import backend, products
+from tsugiki.kernels.cpu import compiled
+
+needs_tiles = pytest.mark.skipif(
+    not compiled.tiles(), reason="this CPU has no tile registers (Intel AMX), or no compiler"
+)
+SHAPES = [(64, 64, 32), (65, 33, 64), (97, 40, 896), (1100, 1040, 96), (70, 600, 4864), (64, 1, 64)]
+
+
+def exact(x: Tensor, matrix: Tensor) -> Tensor:
+    return x.double() @ matrix.double().T
+
+
+def distance(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted).norm() / wanted.norm())
+
+
+@needs_tiles
+@pytest.mark.parametrize(("rows", "out", "width"), SHAPES)
+@pytest.mark.parametrize("across", [False, True])
+def test_a_product_is_as_near_to_fp64_as_torchs(
+    rows: int, out: int, width: int, across: bool
+) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, width, generator=generator).bfloat16()
+    stored = torch.randn(out, width, generator=generator).bfloat16()
+    matrix = stored.T.contiguous().T if across else stored
+    bias = torch.randn(out, generator=generator).bfloat16()
+    wanted = exact(x, stored) + bias.double()
+    assert products._tiles(x, matrix) is compiled, "the tiles are what is tested"
+    got = products.multiply(x, matrix, bias)
+    plain = torch.nn.functional.linear(x, matrix, bias)
+    assert distance(got, wanted) <= 1.01 * distance(plain, wanted)
+    onto = torch.randn(rows, out, generator=generator).bfloat16()
+    wanted = onto.double() + exact(x, stored)
+    plain = torch.addmm(onto, x, matrix.T)
+    assert products.add_multiplied(onto, x, matrix) is onto
+    assert distance(onto, wanted) <= 1.01 * distance(plain, wanted)
+
+
+@needs_tiles
+@pytest.mark.parametrize(("rows", "out", "width"), SHAPES[1:])
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_of_codes_are_exact_sums(
+    rows: int, out: int, width: int, across: bool, dtype: torch.dtype
+) -> None:
+    width = -(-width // 64) * 64
+    generator = torch.Generator().manual_seed(out)
+    codes = torch.randint(-127, 128, (rows, width), generator=generator, dtype=torch.int8)
+    stored = torch.randint(-127, 128, (out, width), generator=generator, dtype=torch.int8)
+    matrix = stored.T.contiguous() if across else stored
+    ones = torch.ones(rows, 1)
+    y = torch.zeros(rows, out, dtype=torch.float32)
+    taken = products.multiply_codes(codes, matrix, ones, None, None, y, across=across, add=False)
+    assert taken
+    assert torch.equal(y.double(), exact(codes, stored).float().double())
+    rows_scale, scale = torch.rand(rows, 1, generator=generator), torch.rand(out)
+    bias, y = torch.randn(out), torch.randn(rows, out).to(dtype)
+    wanted = exact(codes, stored) * rows_scale.double() * scale.double() + bias.double()
+    wanted += y.double()
+    assert products.multiply_codes(
+        codes, matrix, rows_scale, scale, bias, y, across=across, add=True
+    )
+    assert distance(y, wanted) < (3e-3 if dtype == torch.bfloat16 else 1e-6)
+
+
+@needs_tiles
+def test_the_number_of_threads_changes_no_bit() -> None:
+    x, matrix = torch.randn(300, 512).bfloat16(), torch.randn(700, 512).bfloat16()
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(products.multiply(x, matrix))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@needs_tiles
+def test_rows_with_strides_and_a_part_of_the_result() -> None:
+    whole, matrix = torch.randn(80, 256).bfloat16(), torch.randn(48, 128).bfloat16()
+    x, y = whole[:, 64:192], torch.zeros(80, 96).bfloat16()
+    products.add_multiplied(y[:, :48], x, matrix)
+    assert distance(y[:, :48], exact(x, matrix)) < 3e-3
+    assert not y[:, 48:].any(), "nothing beside it is written"
+
+
+def test_what_the_tiles_do_not_take_is_torchs() -> None:
+    x, matrix = torch.randn(80, 64).bfloat16(), torch.randn(48, 64).bfloat16()
+    assert products._tiles(x[:8], matrix) is None, "few rows"
+    assert products._tiles(x[:, :40], matrix[:, :40]) is None, "an odd width"
+    assert products._tiles(x.float(), matrix.float()) is None, "another type"
+    recorded = x.clone().requires_grad_()
+    products.multiply(recorded, matrix).sum().backward()
+    assert recorded.grad is not None, "autograd sees torch's"
+    backend.hold_plain(["tiles"])
+    try:
+        assert products._tiles(x, matrix) is None, "held plain"
+    finally:
+        backend.hold_plain(())
