@@ -22,7 +22,7 @@ from tsugiki.adapters.attach import attach, lora_modules, training_mode
 from tsugiki.config import LoraConfig
 from tsugiki.data.chat import Example
 from tsugiki.device import keep_pages
-from tsugiki.kernels.backend import ON_CPU, hold_plain
+from tsugiki.kernels.backend import ON_CPU, compiled_bodies, hold_plain
 from tsugiki.kernels.loss import CHUNK
 from tsugiki.models.flat import flat_loss, use_flat_attention
 from tsugiki.models.int8 import LEVELS, Int8Products
@@ -158,7 +158,7 @@ def _ours(
 
 
 def bare(_: str, model: nn.Module, shape: Shape, rows: list[Example]) -> tuple[Step, str]:
-    """The step's frozen products alone: in order and back again, into memory that is kept."""
+    """A step's frozen products alone by torch: in order and back again, with out=."""
     keep_pages()
     tokens = sum(len(row.ids) for row in rows)
     matrices = [
@@ -224,18 +224,26 @@ def theirs(name: str, model: nn.Module, shape: Shape, rows: list[Example]) -> tu
 def product_rates(
     out: int, width: int, tokens: int, clock: Callable[[], float], seconds: float = 1.0
 ) -> list[float]:
-    """FLOP/s of several products (T, in)·(in, out) and (T, out)·(out, in), warm."""
+    """FLOP/s of several products (T, in)·(in, out) and (T, out)·(out, in), warm: torch's, and ours
+    where there are any."""
     tokens = min(tokens, max(128, 400_000_000 // (2 * out)))
     x = torch.randn(tokens, width).bfloat16()
     w = torch.randn(out, width).bfloat16()
     y, back = torch.randn(tokens, out).bfloat16(), torch.empty(tokens, width).bfloat16()
     rates: list[float] = []
+    runs: list[Callable[[], object]] = [
+        lambda: torch.mm(x, w.T, out=y),
+        lambda: torch.mm(y, w, out=back),
+    ]
+    own = compiled_bodies(x, "tiles")
+    if own is not None and width % 32 == out % 32 == 0:
+        runs += [
+            lambda: own.multiply(x, w, None, y, add=False),
+            lambda: own.multiply(y, w.T, None, back, add=False),
+        ]
     until = clock() + seconds
     while len(rates) < 6 or clock() < until:
-        for run_product in (
-            lambda: torch.mm(x, w.T, out=y),
-            lambda: torch.mm(y, w, out=back),
-        ):
+        for run_product in runs:
             began = clock()
             run_product()
             rates.append(2 * tokens * out * width / (clock() - began))
@@ -245,17 +253,23 @@ def product_rates(
 def best_int8_rate(
     out: int, width: int, tokens: int, clock: Callable[[], float], seconds: float = 1.0
 ) -> float:
-    """The same of int8 codes with int32 sums, without what makes codes of numbers."""
+    """The best of int8 codes, without what makes codes of numbers: torch's with int32 sums, or ours."""
     tokens = min(tokens, max(128, 400_000_000 // (2 * out)))
     x = torch.randint(-127, 128, (tokens, width), dtype=torch.int8)
     w = torch.randint(-127, 128, (out, width), dtype=torch.int8)
     y = torch.empty(tokens, out, dtype=torch.int32)
+    runs: list[Callable[[], object]] = [lambda: torch._int_mm(x, w.T, out=y)]
+    scale, real = torch.ones(tokens, 1), torch.empty(tokens, out).bfloat16()
+    own = compiled_bodies(real, "tiles")
+    if own is not None and width % 64 == 0:
+        runs.append(lambda: own.multiply_codes(x, w, scale, None, None, real, False, False))
     best, rounds, until = 0.0, 0, clock() + seconds
     while rounds < 3 or clock() < until:
         rounds += 1
-        began = clock()
-        torch._int_mm(x, w.T, out=y)
-        best = max(best, 2 * tokens * out * width / (clock() - began))
+        for run_product in runs:
+            began = clock()
+            run_product()
+            best = max(best, 2 * tokens * out * width / (clock() - began))
     return best
 
 

@@ -43,7 +43,7 @@ DESCRIPTIONS = {
     "peft-dry": "the same with dropout 0",
     "peft-tuned": "PEFT tuned: bf16 adapters, dropout 0, pages kept, layers compiled",
     "peft-fp32": f"PEFT in fp32, dropout {DROPOUT}",
-    "products": "the frozen products of a step alone, in its order, with out=",
+    "products": "nothing but the frozen products of a step, by torch, with out=",
 }
 
 # What this project set itself for Qwen2.5-0.5B's shape on two cores; missed ones are printed too.

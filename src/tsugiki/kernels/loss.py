@@ -18,7 +18,7 @@ from torch import Tensor
 from tsugiki.kernels.backend import bodies
 from tsugiki.kernels.linear import FrozenWeight
 
-CHUNK = 40_000_000  # logits of one chunk: enough rows for a full-speed product
+CHUNK = 80_000_000  # logits of one chunk: enough rows for a full-speed product
 GPU_CHUNK = 1 << 28  # the same on a GPU: 2,000 rows of the largest vocabularies, 512 MB
 CACHED = 1 << 17  # fp32 logits of one softmax block, a row at least
 
