@@ -253,7 +253,7 @@ def product_rates(
 def best_int8_rate(
     out: int, width: int, tokens: int, clock: Callable[[], float], seconds: float = 1.0
 ) -> float:
-    """The best of int8 codes, without what makes codes of numbers: torch's with int32 sums, or ours."""
+    """The best of int8 codes, torch's with int32 sums or ours, without what makes codes."""
     tokens = min(tokens, max(128, 400_000_000 // (2 * out)))
     x = torch.randint(-127, 128, (tokens, width), dtype=torch.int8)
     w = torch.randint(-127, 128, (out, width), dtype=torch.int8)
