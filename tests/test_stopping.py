@@ -32,11 +32,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def stopped(place: Path, when: Callable[[], object], *arguments: str) -> str:
+def stopped(place: Path, when: Callable[[], object], *arguments: str, **env: str) -> str:
     """Ctrl-C as a terminal sends it, to the whole group, once `when` holds; what it said then."""
     with subprocess.Popen(
         [sys.executable, "-m", "tsugiki", *arguments], cwd=place, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+        env=os.environ | env,
     ) as child:  # fmt: skip
         while not when():
             assert child.poll() is None, "it ended before it could be stopped"
@@ -75,6 +76,35 @@ def test_an_export(place: Path) -> None:
         "  fix:     remove it, or leave it out, and run the same command again\n"
     )
     assert [path.name for path in (place / "out").iterdir()] == [first.name]
+
+
+def test_a_comparison(place: Path) -> None:
+    """Once its own cache tells that it knows the base."""
+    known = place / "cache" / "fingerprints"
+    said = stopped(
+        place, lambda: known.exists() and any(known.iterdir()),
+        "verify", "adapter", "base", "--model", "base", TSUGIKI_CACHE=str(place / "cache"),
+    )  # fmt: skip
+    assert said == (
+        "error: the proof of base was stopped; nothing half-written is left\n"
+        "  fix:     run the same command again\n"
+    )
+
+
+def test_a_base_in_few_bits(place: Path) -> None:
+    said = stopped(
+        place,
+        lambda: list(place.glob(".four.*.tmp/*")),
+        "quantize-base",
+        "base",
+        "--output",
+        "four",
+    )
+    assert said == (
+        "error: the quantising of base was stopped; nothing half-written is left\n"
+        "  fix:     run the same command again\n"
+    )
+    assert not (place / "four").exists()
 
 
 def test_what_is_told(tmp_path: Path) -> None:
