@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from tokenizers_for_tests import CHATML, tiny_tokenizer
 
 from tsugiki import files
 from tsugiki.config import build_config, read_yaml
+from tsugiki.files import cache_folder
 from tsugiki.pipelines import run_training
 from tsugiki.terminal import Terminal
 from tsugiki.training import metrics
@@ -95,7 +97,17 @@ def _arguments(output: str, resume: bool) -> list[str]:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": "1", "TSUGIKI_CACHE": str(folder / "cache")}
+    return {"OMP_NUM_THREADS": "1", "TSUGIKI_CACHE": own_cache(folder / "cache")}
+
+
+def own_cache(folder: Path) -> str:
+    """A cache for one test, but for the compiled kernels, which take seconds to build."""
+    kernels = cache_folder("kernels")
+    kernels.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        (folder / "kernels").symlink_to(kernels)
+    return str(folder)
 
 
 def finish(process: Running) -> None:

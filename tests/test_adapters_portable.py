@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -159,5 +160,13 @@ def test_the_verb_reports_each_reader(tmp_path: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     for words in ("PEFT", "vLLM", "SGLang", "llama.cpp", "--max-lora-rank 64", "vllm serve"):
         assert words in said, words
+    runs = re.findall(r"^  (llama-server|Ollama) +tsugiki (.+?) && (.+)$", said, re.MULTILINE)
+    assert [server for server, *_ in runs] == ["llama-server", "Ollama"]
+    for _, export, then in runs:  # as printed: the files that the server is told of are there
+        exported = CliRunner().invoke(app, [*shlex.split(export), "--no-verify"])
+        assert exported.exit_code == 0, exported.output
+        named = [word for word in shlex.split(then) if word.startswith(str(tmp_path))]
+        assert named
+        assert all(Path(word).is_file() for word in named)
     with pytest.raises(TsugikiError, match="exists already"):
         export_portable(str(tmp_path / "run"), None, Terminal(), model=str(base))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from families import save_tiny
+from runs import own_cache
 from tokenizers_for_tests import CHATML, tiny_tokenizer
 
 from tsugiki.config import RunConfig, build_config, flag_fields, read_yaml
@@ -35,7 +36,7 @@ def run(
     done = subprocess.run(
         [sys.executable, *start, *arguments],
         cwd=place,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TSUGIKI_CACHE": str(place / "cache"),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TSUGIKI_CACHE": own_cache(place / "cache"),
              "COLUMNS": "200"},
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip

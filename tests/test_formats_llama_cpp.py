@@ -238,6 +238,13 @@ def test_memory_and_time_have_limits(tmp_path: Path, tiny: Path) -> None:
     write_tiny(path, Tiny(hidden=256, inner=8192, layers=1))
     with LlamaCpp(threads=2, memory=300 << 20) as small, pytest.raises(MemoryLimitError):
         small.quantise(np.zeros((1 << 19, 256), np.float32), "Q8_0")
+    with LlamaCpp(threads=2) as killed:  # as the kernel does where memory runs out
+        killed.tokenise(path, [""], add_special=False, parse_special=False)
+        assert killed._child is not None
+        killed._child.kill()
+        with pytest.raises(MemoryLimitError, match="memory does not suffice"):
+            killed.logits(path, [[1]])
+        assert killed.logits(path, [[1]])[0].shape == (1, 274)
     with LlamaCpp(threads=2, silence=0.02) as hasty, pytest.raises(ModelError, match="no answer"):
         hasty.logits(path, [[1] * 250])
 

@@ -6,6 +6,7 @@ That they compute what the plain bodies compute is the other kernel files' to te
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -210,6 +211,7 @@ def test_lost_kernels_are_said() -> None:
         ({"TSUGIKI_COMPILED": "0"}, "TSUGIKI_COMPILED=0 asks for plain torch kernels"),
         ({"CXX": "no-such-compiler"}, "no-such-compiler could not build them"),
         ({"CXX": "false"}, "false could not build them"),
+        ({"CXX": "c++ '"}, "c++ ' could not build them: No closing quotation"),
         ({"PATH": "/nonexistent"}, "no C++ compiler"),
     ],
 )
@@ -223,7 +225,7 @@ def test_without_a_compiler_everything_works(
         "assert library()[0] is None\n"
         "print(library()[1], rms_norm(torch.ones(1, 4), torch.ones(4), 0.0).sum().item())\n"
     )
-    env = {k: v for k, v in os.environ.items() if k != "CXX"} | {"XDG_CACHE_HOME": str(tmp_path)}
+    env = {k: v for k, v in os.environ.items() if k != "CXX"} | {"TSUGIKI_CACHE": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", script], env=env | settings, capture_output=True, text=True, check=True
     )  # fmt: skip
@@ -235,11 +237,17 @@ def test_without_a_compiler_everything_works(
 @needs_compiler
 @pytest.mark.parametrize("left", [0, 3000])
 def test_a_library_cut_short_is_built_again(left: int, tmp_path: Path) -> None:
+    """In the cache that was asked for; by a command of several words, as CXX often is."""
     script = "from tsugiki.kernels.cpu.build import library; assert library()[0] is not None"
-    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")))
+    env = os.environ | {
+        "TSUGIKI_CACHE": str(tmp_path / "asked"), "XDG_CACHE_HOME": str(tmp_path / "other"),
+        "CXX": f"env {compiler}" if left else compiler,
+    }  # fmt: skip
     for _ in range(2):
         subprocess.run([sys.executable, "-c", script], env=env, check=True)
-        (built,) = tmp_path.rglob("*.so")
+        (built,) = (tmp_path / "asked" / "kernels").glob("*.so")
+        assert not (tmp_path / "other").exists()
         size = built.stat().st_size
         os.truncate(built, left)
     assert size > 10_000

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import save_tiny, tiny_config
+from runs import own_cache
 from safetensors.torch import save_file
 from test_merging_peft import TOKENIZER, peft_adapter, tensors
 from tokenizers_for_tests import CHATML, tiny_tokenizer
@@ -114,7 +115,9 @@ def test_a_language_model_inside_a_vision_model(
     adapter = open_artefact(str(tmp_path / "adapter"), str(tmp_path / "base"))
     assert plan.identity is not None
     spec = ModelSpec.from_folder(tmp_path / "base")
-    monkeypatch.setenv("TSUGIKI_CACHE", str(tmp_path / "cache"))  # or it would be read, not made
+    monkeypatch.setenv(
+        "TSUGIKI_CACHE", own_cache(tmp_path / "cache")
+    )  # or it would be read, not made
     by_tree = fingerprint_folder(tmp_path / "base", spec.meta_model())
     assert by_tree.exact == plan.identity.exact
     for memory in (None, 0):

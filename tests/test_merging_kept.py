@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from families import save_tiny
 from runs import forked, in_process, make_place
 from safetensors.torch import load_file
 from test_merging_forms import our_adapter
+from test_merging_peft import TOKENIZER, peft_adapter
 from tokenizers_for_tests import CHATML, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -27,7 +29,15 @@ from tsugiki.formats.gguf_file import open_gguf
 from tsugiki.formats.llama_cpp.process import LlamaCpp
 from tsugiki.formats.quantise import quantise_file
 from tsugiki.joining import merge_adapter, verify_pair
-from tsugiki.judging import better_bases, held_out_rows, merged_form, onto, written_type
+from tsugiki.judging import (
+    better_bases,
+    gguf_form,
+    held_out_rows,
+    merged_form,
+    merged_losses,
+    onto,
+    written_type,
+)
 from tsugiki.merging import plan_merge, write_merged
 from tsugiki.models.hub import ResolvedModel
 from tsugiki.models.kept import as_kept
@@ -177,6 +187,53 @@ def test_each_gguf_type_is_judged_in_that_very_type(place: Path, tmp_path: Path)
             )
 
 
+def test_where_memory_holds_no_model_its_modules_are_judged_one_by_one(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same figures, from a bounded share of the weights; and it is said."""
+    plan = plan_merge(place / "four" / "adapter", place / "model")
+    resolved = resolve_model(str(place / "model"))
+    plans = {
+        "none": plan_export(plan.joined, "x"),
+        "nf4": plan_export(onto(plan.joined, "nf4"), "x"),
+    }
+    with LlamaCpp(1) as llama:
+        forms = [
+            merged_form(plan, "nf4"),
+            *(gguf_form(plans, t, llama) for t in ("bf16", "q4_k_m")),
+        ]
+        whole = better_bases(plan.joined, "nf4", forms, resolved, None)
+        parts = better_bases(plan.joined, "nf4", forms, resolved, None, memory=0)
+    numbers = sum(t.nbytes // t.dtype.itemsize for t in plan.base.tensors.values())
+    for loaded, streamed in zip(whole, parts, strict=True):
+        assert streamed == replace(loaded, held=streamed.held)
+        assert loaded.losses
+        assert loaded.held == 0 < streamed.held < 4 * numbers / 3
+    monkeypatch.setattr("tsugiki.judging.free_memory", lambda device: 0)
+    _, said = merge(place, "streamed")
+    assert said["losses"] == whole[0].losses
+    assert said["held"] == parts[0].held
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt2"])
+def test_an_untied_head_is_judged_module_by_module_too(family: str, tmp_path: Path) -> None:
+    base = save_tiny(family, tmp_path / "base", TOKENIZER)
+    inner = "c_fc" if family == "gpt2" else "o_proj"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of the tie
+        peft_adapter(base, tmp_path / "adapter", target_modules=["lm_head", inner])
+    plan = plan_merge(tmp_path / "adapter", base, untie=True)
+    resolved = resolve_model(str(base))
+    examples = [Example((1, 5, 9, 7, 3), (-100, 5, 9, 7, 3), "a row")]
+    more = (("none", "int8"), [merged_form(plan, "int8")], resolved, examples)
+    (loaded, none), (streamed, held) = (
+        merged_losses(plan.joined, *more, memory)[0] for memory in (1 << 40, 0)
+    )
+    assert loaded == streamed
+    assert loaded["none"] != loaded["int8"]
+    assert none == 0 < held
+
+
 def read_back_loss(
     path: Path, plan: ExportPlan, resolved: ResolvedModel, examples: Sequence[Example], dtype: str
 ) -> float:
@@ -271,8 +328,8 @@ def test_types_may_take_different_bases(
 
     taken = {"f32": "nf4", "q4_k_m": "nf4", "q8_0": "none", "q2_k": "none"}
 
-    def losses(_: Any, candidates: Any, forms: Any, *more: Any) -> list[dict[str, float]]:
-        return [{kept: float(kept != taken[form.name]) for kept in candidates} for form in forms]
+    def losses(_: Any, candidates: Any, forms: Any, *more: Any) -> list[tuple[Any, int]]:
+        return [({kept: float(kept != taken[f.name]) for kept in candidates}, 0) for f in forms]
 
     monkeypatch.setattr(tsugiki.judging, "merged_losses", losses)
     source, model = str(place / "four"), str(place / "model")

@@ -6,10 +6,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from families import FAMILIES, save_tiny, save_wide, tiny_model
 from sentencepiece_for_tests import train_pieces, train_unigram
 from test_exporting_gguf import VARIANTS, save_variant
@@ -23,11 +25,12 @@ from tsugiki.cli import app
 from tsugiki.demo.show import ship
 from tsugiki.exporting.gguf import plan_export, write_gguf
 from tsugiki.exporting.gguf_lora import plan_lora, write_lora
+from tsugiki.formats.llama_cpp import process
 from tsugiki.formats.llama_cpp.process import LlamaCpp
 from tsugiki.formats.quantise import quantise_file
 from tsugiki.merging import plan_merge, write_merged
 from tsugiki.proof.artefact import open_artefact
-from tsugiki.proof.checks import Proof
+from tsugiki.proof.checks import Check, Proof, Report, run_steps
 from tsugiki.proof.gguf.artefact import GgufArtefact, gguf_paths, open_gguf_artefact
 from tsugiki.proof.gguf.verify import verify_gguf
 from tsugiki.proving import prove
@@ -272,6 +275,47 @@ def test_what_could_not_be_proven_ends_with_its_own_exit_code(
     assert not list(tmp_path.rglob("*.tmp"))
     bare = CliRunner().invoke(app, [*source, "--output", str(tmp_path / "b"), "--no-verify"])
     assert bare.exit_code == 0, bare.output
+
+
+def test_too_little_memory_proves_nothing_and_fails_nothing(
+    place: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3, with the reason and what to do; a fault outweighs it."""
+    home = place("qwen3")
+    source = [str(home / "adapter"), "--model", str(home / "base")]
+    monkeypatch.setattr(process, "memory_left", lambda: 30 << 20)  # a full machine
+    monkeypatch.setattr(process, "LEAST_MEMORY", 30 << 20)
+    done = CliRunner().invoke(app, ["export", *source, "--gguf", "q8_0", "--output", str(tmp_path)])
+    assert done.exit_code == 3, done.output
+    told = " ".join(done.output.split())
+    assert "the memory does not suffice for llama.cpp" in told
+    assert "end other programs, then run it again" in told
+    assert "not proven: each is what it was made of as far as it can be told" in told
+    (file,) = map(str, tmp_path.glob("*.gguf"))
+    done = CliRunner().invoke(app, ["verify", source[0], file, *source[1:], "--json"])
+    assert done.exit_code == 3, done.output
+    report, verdict = (json.loads(line) for line in done.output.splitlines()[-2:])
+    assert (verdict["ok"], verdict["whole"], verdict["failed"]) == (True, False, [])
+    unproven = [check["step"] for check in report["checks"] if not check["proven"]]
+    assert "5 logits" in unproven
+    assert any(check["proven"] for check in report["checks"])
+    bad = CliRunner().invoke(app, ["verify", *source, file, "--dtype", "q6_k"])
+    assert bad.exit_code == 1, "a fault outweighs it"
+
+
+def test_a_step_without_memory_is_not_proven(tmp_path: Path) -> None:
+    """Torch's and numpy's own words for it; another error of theirs is a bug and stays one."""
+
+    def asked(ask: Callable[[int], object]) -> list[Check]:
+        return [Check("2 tensors", "x", "", "", ask(1 << 50) is None)]
+
+    for ask in (lambda n: torch.empty(n, dtype=torch.uint8), lambda n: np.empty(n, np.uint8)):
+        (check,) = run_steps([("5 logits", partial(asked, ask))])
+        assert (check.ok, check.proven) == (True, False)
+        assert any("--layer-by-layer" in line for line in check.details)
+        assert Report("a", "b", (check,)).proof is Proof.UNPROVEN
+    with pytest.raises(RuntimeError):
+        run_steps([("5 logits", partial(asked, lambda _: torch.ones(2) @ torch.ones(3)))])
 
 
 def test_verify_without_llama_cpp_ends_with_that_code_too(

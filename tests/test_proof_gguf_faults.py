@@ -265,12 +265,15 @@ def test_faults_of_an_adapter_beside_its_base(
     assert compare(home, home / "base.gguf", llama, home / "lora.gguf").ok
 
 
-@pytest.mark.parametrize("kind", ["f32", "q8_0", "q4_k_m"])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [*((family, "q4_k_m") for family in TESTED), ("gemma3", "f32"), ("gpt2", "q8_0")],
+)
 def test_a_flipped_byte_is_found_wherever_it_is(
-    kind: str, place: Callable[[str], Path], llama: LlamaCpp, tmp_path: Path
+    family: str, kind: str, place: Callable[[str], Path], llama: LlamaCpp, tmp_path: Path
 ) -> None:
     """In the numbers, the tokens, the merges and the settings; not in what a file is called."""
-    home, good = place("gemma3"), tmp_path / "good.gguf"
+    home, good = place(family), tmp_path / "good.gguf"
     plan = plan_export(join(home / "base", home / "adapter"), "x")
     if kind == "q4_k_m":
         quantise_file(home / "f32.gguf", good, kind, 1)
@@ -284,9 +287,9 @@ def test_a_flipped_byte_is_found_wherever_it_is(
     for name in ("tokens", "merges"):
         begin = content.index(f"tokenizer.ggml.{name}".encode())
         spots.append(chance.randrange(begin + 100, begin + 1000))
-    for end in ("block_count", "layer_norm_rms_epsilon"):
-        spots.append(content.index(f"gemma3.{end}".encode() if end[0] == "b" else end.encode())
-                     + len(end) + (7 if end[0] == "b" else 0) + 6)  # fmt: skip
+    for end in ("block_count", "epsilon"):
+        (name,) = key(good, end)
+        spots.append(content.index(name.encode()) + len(name) + 6)  # inside the value
     for at in spots:
         bad = bytearray(content)
         bad[at] ^= 1 << chance.randrange(8)
@@ -298,14 +301,15 @@ def test_a_flipped_byte_is_found_wherever_it_is(
         assert found, f"byte {at}"
 
 
-@pytest.mark.parametrize("left", [0, 5, 3000, 100_000, -1])
+@pytest.mark.parametrize("family", TESTED)
 def test_a_truncated_file_is_named(
-    left: int, place: Callable[[str], Path], llama: LlamaCpp, tmp_path: Path
+    family: str, place: Callable[[str], Path], llama: LlamaCpp, tmp_path: Path
 ) -> None:
-    content = (place("qwen3") / "f32.gguf").read_bytes()
-    (tmp_path / "bad.gguf").write_bytes(content[:left])
-    with pytest.raises(TsugikiError, match=r"bad\.gguf"):
-        compare(place("qwen3"), tmp_path / "bad.gguf", llama)
+    content = (place(family) / "f32.gguf").read_bytes()
+    for left in (0, 5, 3000, 100_000, -1):
+        (tmp_path / "bad.gguf").write_bytes(content[:left])
+        with pytest.raises(TsugikiError, match=r"bad\.gguf"):
+            compare(place(family), tmp_path / "bad.gguf", llama)
 
 
 def test_a_fault_in_the_arithmetic_shows_in_the_logits_too(

@@ -12,7 +12,7 @@ from test_merging_peft import TOKENIZER, peft_adapter
 from tsugiki.merging import plan_merge, write_merged
 from tsugiki.proof.artefact import open_artefact
 from tsugiki.proof.logits import logits_of, make_probe, run
-from tsugiki.proof.streamed import stream, streamed_base
+from tsugiki.proof.streamed import as_stored, stream, streamed_base
 from tsugiki.proof.verify import verify
 
 
@@ -42,7 +42,7 @@ def test_no_weight_stays_in_memory(tmp_path: Path) -> None:
     artefact = open_artefact(str(folder))
     base = streamed_base(artefact.resolved)
     assert not any(buffer.is_meta for buffer in base.model.buffers())
-    stream(base, artefact.stored)
+    stream(base, as_stored(base, artefact.stored))
     for _ in range(2):
         assert torch.isfinite(run(base, make_probe(artefact))).all()
         assert all(parameter.is_meta for parameter in base.model.parameters())

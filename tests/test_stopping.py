@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from test_merging_peft import TOKENIZER
 
@@ -75,6 +76,37 @@ def test_an_export(place: Path) -> None:
         "  fix:     remove it, or leave it out, and run the same command again\n"
     )
     assert [path.name for path in (place / "out").iterdir()] == [first.name]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see it begin")
+def test_a_comparison(place: Path) -> None:
+    """Once it reads weights: it writes nothing that would tell."""
+
+    def reading() -> bool:
+        (child,) = psutil.Process().children()
+        return ".safetensors" in Path(f"/proc/{child.pid}/maps").read_text()
+
+    said = stopped(place, reading, "verify", "adapter", "base", "--model", "base")
+    assert said == (
+        "error: the proof of base was stopped; nothing half-written is left\n"
+        "  fix:     run the same command again\n"
+    )
+
+
+def test_a_base_in_few_bits(place: Path) -> None:
+    said = stopped(
+        place,
+        lambda: list(place.glob(".four.*.tmp/*")),
+        "quantize-base",
+        "base",
+        "--output",
+        "four",
+    )
+    assert said == (
+        "error: the quantising of base was stopped; nothing half-written is left\n"
+        "  fix:     run the same command again\n"
+    )
+    assert not (place / "four").exists()
 
 
 def test_what_is_told(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import warm
 from families import tiny_model
-from runs import forked, in_process, make_place, result
+from runs import forked, in_process, make_place, own_cache, result
 from safetensors.torch import load
 
 from tsugiki.adapters.attach import attach
@@ -38,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def one_rank(rank: int, place: Path) -> None:
     """What each of two processes does; rank 0 alone writes."""
-    os.environ["TSUGIKI_CACHE"] = str(place / f"cache{rank}")
+    os.environ["TSUGIKI_CACHE"] = own_cache(place / f"cache{rank}")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{place}/store", rank=rank, world_size=2)
     with open(place / f"rank{rank}.txt", "w") as told:

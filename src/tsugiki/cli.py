@@ -138,7 +138,8 @@ def merge(
 ) -> None:
     """Merge an adapter into its base, and prove that both compute the same.
 
-    Exit code 0: proven equal, or --no-verify. 1: an error, or not what it was made of.
+    Exit code 0: proven equal, or --no-verify. 1: an error, or not what it was made of. 3: written,
+    and not proven whole: the memory does not suffice for the proof.
     """
     terminal = Terminal(as_json=as_json)
     how: dict[str, Any] = {"model": model, "dtype": dtype, "accept_base": accept_base}
@@ -172,14 +173,15 @@ def verify(
     """Compare two artefacts: settings, tensors, token ids, template, logits.
 
     Exit code 0: equal. 1: an error, or something differs. 3: nothing differs, and not everything
-    could be compared: llama.cpp is not installed.
+    could be compared: llama.cpp is not installed, or the memory does not suffice.
     """
-    from tsugiki.joining import verify_pair
-
     how: dict[str, Any] = {"model": model, "dtype": dtype, "accept_base": accept_base}
     limits: dict[str, Any] = {"max_error": max_error, "max_kl": max_kl}
     limits |= {"text": text, "layer_by_layer": layer_by_layer}
-    proof = verify_pair(reference, candidate, Terminal(as_json=as_json), **how, **limits)
+    with stoppable(f"the proof of {candidate}"):
+        from tsugiki.joining import verify_pair
+
+        proof = verify_pair(reference, candidate, Terminal(as_json=as_json), **how, **limits)
     raise typer.Exit(proof.value)
 
 

@@ -99,6 +99,13 @@ class Interrupted(TsugikiError):
         self.exit_code = 128 + signal
 
 
+def ran_out(error: BaseException) -> bool:
+    """Whether memory was asked for in vain: of Python, of numpy, or of torch, which says so."""
+    said = str(error)
+    told = "can't allocate memory" in said or "out of memory" in said
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and told)
+
+
 def did_you_mean(word: str, choices: list[str] | tuple[str, ...]) -> str | None:
     """The choice nearest to a misspelt word, or None."""
     import difflib

@@ -41,7 +41,7 @@ def export(
     """Write a model or an adapter for llama.cpp, Ollama, vLLM or SGLang, and prove it.
 
     Exit code 0: proven equal, or --no-verify. 1: an error, or not what it was made of. 3: written,
-    and not proven whole: the disk is too small for the proof, or llama.cpp is not installed.
+    and not proven whole: disk or memory do not suffice for it, or llama.cpp is not installed.
     """
     chosen = [bool(gguf), gguf_lora, portable]
     if sum(chosen) != 1:

@@ -26,6 +26,13 @@ from tsugiki.errors import DiskError, RunError
 CHUNK = 1 << 20
 
 
+def cache_folder(kind: str) -> Path:
+    """Where what can be made again is kept: under TSUGIKI_CACHE, else in the user's own cache."""
+    own = os.environ.get("TSUGIKI_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(own or os.path.join(base, "tsugiki")) / kind
+
+
 def fsync_folder(folder: Path) -> None:
     """Make a rename inside `folder` durable."""
     handle = os.open(folder, os.O_RDONLY)

@@ -128,6 +128,8 @@ def choose_bases(
                 f"trained on its base in {kept}; held-out loss merged as {one.form}, "
                 f"{one.rows} rows: {both}; taking {names[one.kept]}"
             )
+            if one.held:
+                text += f" (module by module, at most {human_bytes(one.held)} of weights in memory)"
         else:
             text = (
                 f"trained on its base in {kept}; taking {names[one.kept]} for {one.form}, not "
@@ -135,7 +137,7 @@ def choose_bases(
             )
         terminal.say(
             "merge_base", text, taken=one.kept, losses=one.losses, rows=one.rows, dtype=one.form,
-            reason=one.reason,
+            reason=one.reason, held=one.held,
         )  # fmt: skip
     return [one.kept for one in found]
 
@@ -201,7 +203,7 @@ def tell_report(report: Report, terminal: Terminal, seconds: float) -> Proof:
     terminal.heading(f"{report.candidate} against {report.reference}")
     terminal.say("verify", report.table(), **report.data())
     failed = [check.name for check in report.checks if not check.ok]
-    count, proof = len(report.checks), report.proof
+    count, proof = sum(check.proven for check in report.checks), report.proof
     verdict = {
         Proof.EQUAL: Text(f"equal in all {count} comparisons ({seconds:.1f} s)", "green"),
         Proof.WRONG: Text(f"{len(failed)} of {count} comparisons failed", "bold red"),

@@ -8,6 +8,7 @@ another base than the next. Knows nothing of how files are written.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +27,6 @@ from tsugiki.data.formats import read_rows
 from tsugiki.errors import TsugikiError
 from tsugiki.exporting.gguf import ExportPlan
 from tsugiki.exporting.rounded import rounded_tensors
-from tsugiki.files import human_bytes
 from tsugiki.formats.llama_cpp.process import LlamaCpp
 from tsugiki.merging import NAMES, MergePlan, merged_tensor
 from tsugiki.models.families import HEAD
@@ -36,6 +36,7 @@ from tsugiki.models.load import Base, load_base, load_tokenizer
 from tsugiki.models.spec import ModelSpec, NameMap
 from tsugiki.pipelines import prepare_rows
 from tsugiki.planning import free_memory
+from tsugiki.proof.streamed import Numbers, stream, streamed_base
 from tsugiki.training.objective import held_out_loss
 
 LOADING = 1.3  # memory while a model is loaded and run, relative to its weights
@@ -63,7 +64,7 @@ class Judged:
 
     kept: 'none' for the stored weights, else nf4 or int8. losses: mean nats per labelled token of
     each candidate, by how its base is kept; empty where nothing could be measured, `reason` says
-    why.
+    why. held: bytes of the largest module's weights, where they came module by module; else 0.
     """
 
     form: str
@@ -71,6 +72,7 @@ class Judged:
     losses: dict[str, float]
     rows: int
     reason: str = ""
+    held: int = 0
 
 
 def merged_form(plan: MergePlan, method: str) -> Form:
@@ -103,6 +105,7 @@ def better_bases(
     forms: Sequence[Form],
     resolved: ResolvedModel,
     rows: Path | None,
+    memory: int | None = None,
 ) -> list[Judged]:
     """Measure both candidates in each form and take the better; the codes' where none can be.
 
@@ -110,6 +113,7 @@ def better_bases(
         joined: the adapter on the stored weights.
         method: how the base was kept while the adapter was trained: nf4 or int8.
         rows: a file to judge on; the rows that training held out when None.
+        memory: bytes that a model may take, else it runs module by module; what is free when None.
 
     Raises:
         DataError: `rows` cannot be read, or holds none.
@@ -120,10 +124,6 @@ def better_bases(
     def unmeasured(reason: str) -> list[Judged]:
         return [Judged(form.name, method, {}, 0, reason) for form in forms]
 
-    count = sum(t.nbytes // t.dtype.itemsize for t in joined.base.tensors.values())
-    need = int(LOADING * count * max(form.compute.itemsize for form in forms))
-    if need > free_memory("cpu"):
-        return unmeasured(f"running the model takes {human_bytes(need)} of memory")
     try:
         examples = held_out_rows(joined.changes, resolved, rows)
     except TsugikiError as error:
@@ -132,11 +132,13 @@ def better_bases(
         return unmeasured(f"the rows of the run cannot be read: {error.problem}")
     if isinstance(examples, str):
         return unmeasured(examples)
-    losses = merged_losses(joined, (STORED, method), forms, resolved, examples)
-    return [
-        Judged(form.name, min((method, STORED), key=found.__getitem__), found, len(examples))
-        for form, found in zip(forms, losses, strict=True)
-    ]
+    memory = free_memory("cpu") if memory is None else memory
+    measured = merged_losses(joined, (STORED, method), forms, resolved, examples, memory)
+    judged = []
+    for form, (losses, held) in zip(forms, measured, strict=True):
+        kept = min((method, STORED), key=losses.__getitem__)
+        judged.append(Judged(form.name, kept, losses, len(examples), held=held))
+    return judged
 
 
 def written_type(plan: MergePlan) -> str:
@@ -197,24 +199,46 @@ def merged_losses(
     forms: Sequence[Form],
     resolved: ResolvedModel,
     examples: Sequence[Example],
-) -> list[dict[str, float]]:
-    """Held-out loss of each candidate in each form, by how its base is kept; one model in memory.
+    memory: int,
+) -> list[tuple[dict[str, float], int]]:
+    """Held-out loss of each candidate in each form, by how its base is kept, and `Judged.held`.
 
-    Every tensor of a form is put into the model anew, so that none is left of the one before.
+    One model is in memory, or one module of it. Every tensor of a form is put into the model anew,
+    so that none is left of the one before.
     """
-    losses: dict[str, dict[str, float]] = {form.name: {} for form in forms}
+    found: dict[str, tuple[dict[str, float], int]] = {}
+    numbers = sum(t.nbytes // t.dtype.itemsize for t in joined.base.tensors.values())
     for compute in dict.fromkeys(form.compute for form in forms):
-        base = load_base(resolved, dtype=compute)
-        places = _places(base, joined)
+        whole = LOADING * numbers * compute.itemsize <= memory
+        base = load_base(resolved, dtype=compute) if whole else streamed_base(resolved, compute)
+        places = _places(base, joined) if whole else {}
         for form in (form for form in forms if form.compute == compute):
+            losses, held = {}, 0
             for kept in candidates:
                 tensors = form.tensors(kept)
                 with torch.no_grad():
                     for name in tensors.keys() & places.keys():
                         places[name].copy_(tensors[name]())
-                losses[form.name][kept] = held_out_loss(base, examples)
+                with contextlib.ExitStack() as hooks:
+                    if not whole:
+                        set_up, held = stream(base, _numbers(base, joined, tensors, compute))
+                        for hook in set_up:
+                            hooks.callback(hook.remove)
+                    losses[kept] = held_out_loss(base, examples)
+            found[form.name] = losses, held
         del base, places
-    return [losses[form.name] for form in forms]
+    return [found[form.name] for form in forms]
+
+
+def _numbers(base: Base, joined: Joined, tensors: Tensors, compute: torch.dtype) -> Numbers:
+    """Parameter path → its numbers in a form, or as they are stored where the form has none."""
+    names = NameMap(base.spec.meta_model(), joined.base.tensors)
+
+    def numbers(path: str) -> Tensor:
+        name = HEAD if path == HEAD and joined.untie else names.to_disk(path)
+        return (tensors[name]() if name in tensors else joined.base.tensor(name)).to(compute)
+
+    return numbers
 
 
 def _places(base: Base, joined: Joined) -> dict[str, nn.Parameter]:

@@ -24,7 +24,7 @@ from tsugiki.data.dataset import Prepared, prepare
 from tsugiki.data.formats import Rows, read_rows
 from tsugiki.data.report import counts_table, show
 from tsugiki.device import Decisions, decide
-from tsugiki.errors import DataError, UsageError
+from tsugiki.errors import DataError, UsageError, ran_out
 from tsugiki.files import human_bytes, read_json, require_space
 from tsugiki.kernels.backend import describe, replay
 from tsugiki.models.load import (
@@ -386,9 +386,7 @@ def _train(
     told = (session.plan, session.spec, facts_of(session.prepared), session.decisions)
     try:
         return tell(events, terminal, folder)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise out_of_memory(*told, folder) from error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if ran_out(error):
             raise out_of_memory(*told, folder) from error
         raise

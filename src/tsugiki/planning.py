@@ -20,6 +20,7 @@ from tsugiki.errors import AdapterError, MemoryLimitError, UsageError
 from tsugiki.files import human_bytes, parse_bytes
 from tsugiki.memory import Pass, predict, shape_of, weight_bytes
 from tsugiki.models.spec import ModelSpec
+from tsugiki.supervise import memory_left
 
 # Rows of one forward pass stop growing here: beyond it a CPU gains nothing.
 PASS_TOKENS = 4096
@@ -368,12 +369,4 @@ def free_memory(device: str) -> int:
         import torch
 
         return int(torch.cuda.mem_get_info(device)[0])
-    left = int(psutil.virtual_memory().available)
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        if limit != "max":
-            left = min(left, int(limit) - used)
-    except (OSError, ValueError):
-        pass
-    return left
+    return memory_left()

@@ -23,7 +23,7 @@ from tsugiki.joining import open_either, tell_report
 from tsugiki.models.kept import as_kept
 from tsugiki.planning import free_memory
 from tsugiki.proof.artefact import Artefact, open_artefact
-from tsugiki.proof.checks import Proof, Report
+from tsugiki.proof.checks import VERDICTS, Proof, Report
 from tsugiki.proof.gguf.artefact import GgufArtefact, open_gguf_artefact
 from tsugiki.proof.gguf.logits import Reading, read_reference
 from tsugiki.proof.gguf.verify import llama_if_there, verify_gguf
@@ -149,21 +149,20 @@ def show_reports(reports: Sequence[Report], terminal: Terminal) -> Proof:
     table = Table(*COLUMNS, "", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.columns[0].no_wrap = True
     for report in reports:
-        verdict = Text("ok", "green") if report.ok else Text("FAILED", "bold red")
-        table.add_row(Path(report.candidate).name, *_row(report), verdict)
+        table.add_row(Path(report.candidate).name, *_row(report), VERDICTS[report.proof])
         if terminal.as_json:
             terminal.say("verify", "", **report.data())
     if not terminal.as_json:
         terminal.say("proof", table)
     for report in reports:
         faults = [
-            f"{check.step}, {check.name}: {line}"
+            (f"{check.step}, {check.name}: {line}", "yellow" if check.ok else "red")
             for check in report.checks
-            if not check.ok
+            if not (check.ok and check.proven)
             for line in (check.details or (f"{check.figure}, limit {check.limit}",))
         ]
-        for line in faults[:SHOWN] if not terminal.as_json else ():
-            terminal.say("fault", Text(f"  {Path(report.candidate).name}: {line}", style="red"))
+        for line, style in faults[:SHOWN] if not terminal.as_json else ():
+            terminal.say("fault", Text(f"  {Path(report.candidate).name}: {line}", style=style))
     wrong = [Path(report.candidate).name for report in reports if not report.ok]
     proof = Proof.of_all(report.proof for report in reports)
     whole = all(report.proof is not Proof.UNPROVEN for report in reports)
@@ -171,7 +170,7 @@ def show_reports(reports: Sequence[Report], terminal: Terminal) -> Proof:
         Proof.EQUAL: Text("each is what it was made of", "green"),
         Proof.WRONG: Text(f"not what it was made of: {', '.join(wrong)}", "bold red"),
         Proof.UNPROVEN: Text(
-            "not proven: each is what it was made of as far as it can be told without llama.cpp",
+            "not proven: each is what it was made of as far as it can be told; see above",
             "yellow",
         ),
     }[proof]
@@ -183,7 +182,8 @@ def _row(report: Report) -> list[str]:
     """The figures of one file, as `COLUMNS` names them."""
     values = {check.name: check.value for check in report.checks if check.value is not None}
     numbers = [values[name] for name in NUMBERS if name in values]
-    row = ["to the bit" if min(numbers, default=0) == 1 else f"{min(numbers, default=0):.0%} equal"]
+    least = min(numbers, default=0)
+    row = [UNPROVEN if not numbers else "to the bit" if least == 1 else f"{least:.0%} equal"]
     for words, shown in FIGURES.items():
         value = next((v for name, v in values.items() if words in name), None)
         row.append(UNPROVEN if value is None else shown(value))

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from tsugiki.stopping import stoppable, will_write
 from tsugiki.terminal import Terminal
 
 
@@ -23,6 +24,13 @@ def quantize_base(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
 ) -> None:
     """Write a base in four or eight bits; --model takes the folder, adapters belong to BASE."""
+    with stoppable(f"the quantising of {model}"):
+        _quantize(model, output, quantize, dtype, revision, Terminal(as_json=as_json))
+
+
+def _quantize(
+    model: str, output: Path, quantize: str, dtype: str, revision: str | None, terminal: Terminal
+) -> None:
     from tsugiki.device import decide
     from tsugiki.errors import UsageError
     from tsugiki.files import human_bytes
@@ -33,7 +41,6 @@ def quantize_base(
     from tsugiki.models.shards import open_model
     from tsugiki.models.spec import ModelSpec
 
-    terminal = Terminal(as_json=as_json)
     if check_method(quantize) == "none":
         raise UsageError("nothing would be quantised", got="--quantize none", allowed="nf4, int8")
     began = time.monotonic()
@@ -54,6 +61,7 @@ def quantize_base(
         quantize,
         decisions.dtype,
     )
+    will_write([output])
     size = save_quantized(base.model, origin, resolved.folder, output)
     seconds = time.monotonic() - began
     terminal.say(

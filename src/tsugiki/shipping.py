@@ -6,6 +6,7 @@ The order of the stages and what a user reads between them; the work is in `expo
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 import time
 from collections.abc import Sequence
@@ -216,7 +217,8 @@ def export_portable(
             needs=verdict.needs,
         )
     base = str(made.config["base_model_name_or_path"])
-    tell_runs(terminal, run_portable(base, path, stem, made.rank, made.verdicts))
+    again = shlex.join(["tsugiki", "export", source, *(["--model", model] if model else [])])
+    tell_runs(terminal, run_portable(base, path, stem, made.rank, made.verdicts, again))
     return path
 
 

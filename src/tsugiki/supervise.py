@@ -18,6 +18,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 PARENT = "TSUGIKI_PARENT"
 LIFELINE = "TSUGIKI_LIFELINE"
 STATUS = "TSUGIKI_STATUS"
@@ -130,6 +132,17 @@ def name_run(folder: Path) -> None:
     """Tell the parent which run folder this is, for its message; nothing when unsupervised."""
     if is_worker():
         os.write(int(os.environ[STATUS]), f"{folder}\n".encode(errors="surrogateescape"))
+
+
+def memory_left() -> int:
+    """Bytes that the machine, or the container around this process, has left."""
+    left = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        if limit != "max":
+            left = min(left, int(limit) - used)
+    return left
 
 
 def memory_kills() -> int:

@@ -23,7 +23,9 @@ class Terminal:
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
-        self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        # Paths and commands are shown as they are, brackets and colons too.
+        as_it_is: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+        self.console = Console(soft_wrap=not sys.stdout.isatty(), **as_it_is)
         self.errors = Console(stderr=True, highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal and not as_json
         self._progress: Progress | None = None
@@ -39,7 +41,7 @@ class Terminal:
     def heading(self, text: str) -> None:
         """A title between parts; nothing in JSON."""
         if not self.as_json:
-            self.console.print(f"\n[bold]{text}[/bold]")
+            self.console.print(f"\n{text}", style="bold")
 
     def warn(self, text: str, **data: Any) -> None:
         """Something the user should know but that stops nothing; to stderr."""

@@ -24,9 +24,13 @@ def run_lora(adapter: Path) -> dict[str, str]:
 
 
 def run_portable(
-    base: str, folder: Path, name: str, rank: int, verdicts: Sequence[Verdict]
+    base: str, folder: Path, name: str, rank: int, verdicts: Sequence[Verdict], export: str
 ) -> dict[str, str]:
-    """For the portable form, where a server takes it."""
+    """For the portable form, where a server takes it; llama.cpp and Ollama take GGUF.
+
+    Args:
+        export: the command that writes the adapter, up to the flag that says what as.
+    """
     takes = {verdict.reader for verdict in verdicts if verdict.takes}
     lines = {}
     if "vLLM" in takes:
@@ -39,6 +43,15 @@ def run_portable(
             f"python -m sglang.launch_server --model-path {_q(base)} --enable-lora "
             f"--lora-paths {_q(f'{name}={folder}')}"
         )
+    lora, model = (folder.with_name(f"{name}-{kind}.gguf") for kind in ("LoRA", "Q8_0"))
+    to_run = run_lora(lora) | {
+        "Ollama": run_gguf(model, folder.with_name(f"{name}.Modelfile"), name)["Ollama"]
+    }
+    for server, flags in (
+        ("llama-server", f"--gguf-lora --output {_q(lora)}"),
+        ("Ollama", f"--gguf q8_0 --output {_q(model)}"),
+    ):
+        lines[server] = f"{export} {flags} && {to_run[server]}"
     return lines
 
 

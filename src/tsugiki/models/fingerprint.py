@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tsugiki.errors import TsugikiError
-from tsugiki.files import atomic_write
+from tsugiki.files import atomic_write, cache_folder
 
 VERSION = 1
 THREADS = 2
@@ -145,8 +144,5 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _cache_file(folder: Path) -> Path:
-    root = os.environ.get("TSUGIKI_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tsugiki"
-    )
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
-    return Path(root) / "fingerprints" / f"{key}.json"
+    return cache_folder("fingerprints") / f"{key}.json"

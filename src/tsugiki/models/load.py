@@ -73,8 +73,9 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        """Where its parameters are."""
-        return next(self.model.parameters()).device
+        """Where its parameters are; where they run, if each comes only then (proof/streamed.py)."""
+        device = next(self.model.parameters()).device
+        return torch.device("cpu") if device.type == "meta" else device
 
     def fingerprint(self) -> Fingerprint:
         """Identity of the stored tensors, of the 16-bit base where they are quantised."""

@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from tsugiki.errors import TsugikiError
+from tsugiki.errors import MemoryLimitError, TsugikiError, ran_out
 
 # max |difference of logits| / their standard deviation, mean KL in nats, and distance of the
 # perplexities' ratio from 1, by stored type. What
@@ -27,6 +27,8 @@ LIMITS = {
     "bfloat16": (0.5, 2e-3, 5e-2),
 }
 SHOWN = 6
+UNMADE = "memory for it"
+MORE_ROOM = "end other programs, then: tsugiki verify A B --layer-by-layer"
 LAST = "5 logits"  # the step that needs everything: memory, disk, and for GGUF llama.cpp
 
 
@@ -44,12 +46,20 @@ class Proof(Enum):
         return next((one for one in (cls.WRONG, cls.UNPROVEN) if one in found), cls.EQUAL)
 
 
+VERDICTS = {
+    Proof.EQUAL: Text("ok", "green"),
+    Proof.WRONG: Text("FAILED", "bold red"),
+    Proof.UNPROVEN: Text("not proven", "yellow"),
+}
+
+
 @dataclass(frozen=True)
 class Check:
     """One thing compared.
 
     figure, limit: as shown to people. value: the same as a number, where it is one.
-    details: what is wrong, named; one line each.
+    details: what is wrong, named; one line each. proven: whether it could be compared at all; where
+    not, nothing differs, and the details say why.
     """
 
     step: str
@@ -59,6 +69,7 @@ class Check:
     ok: bool
     details: tuple[str, ...] = ()
     value: float | None = None
+    proven: bool = True
 
 
 @dataclass(frozen=True)
@@ -77,10 +88,11 @@ class Report:
 
     @property
     def proof(self) -> Proof:
-        """What it proves: without its last step nothing whole."""
+        """What it proves: nothing whole without its last step, or with one that was cut short."""
         if not self.ok:
             return Proof.WRONG
         whole = any(check.step == LAST for check in self.checks)
+        whole = whole and all(check.proven for check in self.checks)
         return Proof.EQUAL if whole else Proof.UNPROVEN
 
     def table(self) -> Table:
@@ -89,10 +101,12 @@ class Report:
         for title in ("step", "compared", "found", "limit", ""):
             table.add_column(title, overflow="fold")
         for check in self.checks:
-            verdict = Text("ok", "green") if check.ok else Text("FAILED", "bold red")
+            proof = Proof.EQUAL if check.ok else Proof.WRONG
+            verdict = VERDICTS[proof if check.proven else Proof.UNPROVEN]
             table.add_row(check.step, check.name, Text(check.figure), Text(check.limit), verdict)
+            style = "red" if not check.ok else "dim" if check.proven else "yellow"
             for line in check.details[:SHOWN]:
-                table.add_row("", Text(line, "red" if not check.ok else "dim"), "", "", "")
+                table.add_row("", Text(line, style), "", "", "")
             if len(check.details) > SHOWN:
                 table.add_row("", f"… and {len(check.details) - SHOWN} more", "", "", "")
         return table
@@ -116,12 +130,25 @@ def found(step: str, name: str, wrong: Sequence[str], compared: int, what: str) 
 
 
 def run_steps(steps: Sequence[tuple[str, Callable[[], list[Check]]]]) -> list[Check]:
-    """Every step's checks; one that cannot be made must not hide the others."""
+    """Every step's checks; one that cannot be made must not hide the others.
+
+    Where memory did not suffice nothing is known to differ, and nothing is proven.
+    """
     checks: list[Check] = []
     for step, compare in steps:
         try:
             checks += compare()
+        except MemoryLimitError as error:
+            checks.append(Check(step, UNMADE, "no", "yes", True, _lines(error), proven=False))
         except TsugikiError as error:
-            lines = tuple(line.strip() for line in str(error).split("\n"))
-            checks.append(Check(step, "can be read", "no", "yes", False, lines))
+            checks.append(Check(step, "can be read", "no", "yes", False, _lines(error)))
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+            told = MemoryLimitError("the memory does not suffice for this step", fix=MORE_ROOM)
+            checks.append(Check(step, UNMADE, "no", "yes", True, _lines(told), proven=False))
     return checks
+
+
+def _lines(error: TsugikiError) -> tuple[str, ...]:
+    return tuple(line.strip() for line in str(error).split("\n"))

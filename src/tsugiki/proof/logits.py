@@ -22,7 +22,7 @@ from tsugiki.models.load import Base, load_base
 from tsugiki.models.spec import ModelSpec, NameMap
 from tsugiki.proof.artefact import Artefact
 from tsugiki.proof.checks import LIMITS, Check
-from tsugiki.proof.streamed import stream, streamed_base
+from tsugiki.proof.streamed import as_stored, stream, streamed_base
 from tsugiki.proof.texts import prompts, token_ids
 
 STEP = "5 logits"
@@ -156,13 +156,14 @@ def logits_of(
         artefact.attach(base.model)
         return run(base, probe), plain, 0
     base = streamed_base(artefact.resolved)
-    hooks, largest = stream(base, artefact.stored)
+    numbers = as_stored(base, artefact.stored)
+    hooks, largest = stream(base, numbers)
     if artefact.changes is not None:
         plain = run(base, probe)
         for hook in hooks:
             hook.remove()
         artefact.attach(base.model)
-        stream(base, artefact.stored)
+        stream(base, numbers)
     return run(base, probe), plain, largest
 
 

@@ -1,7 +1,7 @@
 """A model whose weights come from the mapped file when a layer runs, and go when it is done.
 
-For two models that memory does not hold: a forward in fp32 needs the largest module's weights and
-the activations, whatever the model's size. Slower than a loaded one by the reading, the same bits.
+For models that memory does not hold: a forward needs the largest module's weights and the
+activations, whatever the model's size. Slower than a loaded one by the reading, the same bits.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from tsugiki.models.shards import StoredModel
 from tsugiki.models.spec import ModelSpec, NameMap
 from tsugiki.proof.applied import AppliedEmbedding, AppliedLinear
 
+Numbers = Callable[[str], Tensor]
 WITH_BASE = (LoraLinear, AppliedLinear, AppliedEmbedding)
 
 
-def streamed_base(resolved: ResolvedModel) -> Base:
-    """The model of a folder without a weight in memory; `stream` makes it run.
+def streamed_base(resolved: ResolvedModel, dtype: torch.dtype = torch.float32) -> Base:
+    """The model of a folder without a weight in memory, to run in `dtype`; `stream` makes it run.
 
     Raises:
         ModelError: a config or tokenizer that cannot be read.
     """
     spec = ModelSpec.from_folder(resolved.folder)
-    model = hollow_model(spec.config, torch.float32)
+    model = hollow_model(spec.config, dtype)
     model.eval()
     model.requires_grad_(False)
     isolation = probe_isolation(spec.config)
@@ -44,18 +45,27 @@ def streamed_base(resolved: ResolvedModel) -> Base:
     )
 
 
-def stream(base: Base, stored: StoredModel) -> tuple[list[RemovableHandle], int]:
+def as_stored(base: Base, stored: StoredModel) -> Numbers:
+    """What the files hold, in fp32.
+
+    Raises (when asked):
+        ModelError: a parameter that they do not hold.
+    """
+    names = NameMap(base.spec.meta_model(), stored.tensors)
+    return lambda path: stored.tensor(names.to_disk(path)).float()
+
+
+def stream(base: Base, numbers: Numbers) -> tuple[list[RemovableHandle], int]:
     """Let each module fetch its weights when it runs; adapters are on the model already.
 
-    Returns:
-        the hooks, and the bytes of the largest module's weights in fp32.
+    Args:
+        numbers: parameter path → its numbers, in the type that the model runs in.
 
-    Raises:
-        ModelError: a parameter that the files do not hold.
+    Returns:
+        the hooks, and the bytes of the largest module's weights in that type.
     """
     model = base.model
     hooks: list[RemovableHandle] = []
-    names = NameMap(base.spec.meta_model(), stored.tensors)
     inside = {module.base for module in model.modules() if isinstance(module, WITH_BASE)}
     largest = 0
     for path, module in model.named_modules():
@@ -64,23 +74,22 @@ def stream(base: Base, stored: StoredModel) -> tuple[list[RemovableHandle], int]
         owner = module.base if isinstance(module, WITH_BASE) else module
         assert isinstance(owner, nn.Module)
         wanted = {
-            name: names.to_disk(f"{path}.{name}")
+            name: f"{path}.{name}"
             for name, parameter in owner._parameters.items()
             if parameter is not None and parameter.is_meta
         }
         if wanted:
-            sizes = (stored.tensors[disk].nbytes for disk in wanted.values())
-            widths = (stored.tensors[disk].dtype.itemsize for disk in wanted.values())
-            largest = max(largest, sum(4 * s // w for s, w in zip(sizes, widths, strict=True)))
-            hooks.append(module.register_forward_pre_hook(_fetch(owner, wanted, stored)))
+            sizes = (owner.get_parameter(name).nbytes for name in wanted)
+            largest = max(largest, sum(sizes))
+            hooks.append(module.register_forward_pre_hook(_fetch(owner, wanted, numbers)))
             hooks.append(module.register_forward_hook(_drop(owner, wanted)))
     return hooks, largest
 
 
-def _fetch(owner: nn.Module, wanted: dict[str, str], stored: StoredModel) -> Callable[..., None]:
+def _fetch(owner: nn.Module, wanted: dict[str, str], numbers: Numbers) -> Callable[..., None]:
     def before(*_: Any) -> None:
-        for name, disk in wanted.items():
-            owner._parameters[name] = _frozen(stored.tensor(disk).float())
+        for name, path in wanted.items():
+            owner._parameters[name] = _frozen(numbers(path))
 
     return before
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from tsugiki.errors import MemoryLimitError, ModelError, TsugikiError, UsageError
@@ -32,6 +32,7 @@ from tsugiki.formats.ggml_types import TYPES
 from tsugiki.formats.gguf_file import open_gguf
 from tsugiki.formats.llama_cpp import frames
 from tsugiki.formats.llama_cpp.library import NEED, find_library
+from tsugiki.supervise import memory_left
 
 SILENCE = 600.0  # seconds without an answer, a prompt's or a chunk's
 LEAST_MEMORY = 1 << 30  # bytes
@@ -279,8 +280,7 @@ class LlamaCpp:
 
     def _start(self) -> subprocess.Popen[bytes]:
         require_library()
-        free = psutil.virtual_memory().available
-        memory = self.memory if self.memory is not None else max(LEAST_MEMORY, free)
+        memory = self.memory if self.memory is not None else max(LEAST_MEMORY, memory_left())
         paths = [str(SOURCES), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {
             # Threads that spin while they wait make a busy machine ten times slower.
@@ -323,7 +323,7 @@ class LlamaCpp:
         assert self._child is not None
         code = self._child.wait()
         said, what = self._last_words(), _subject(verb, source)
-        if any(word in said for word in ("bad_alloc", "MemoryError", "failed to allocate")):
+        if code == -signal.SIGKILL or _short_of_memory(said):  # the kernel's way to say so
             return _out_of_memory(what)
         how = f"signal {-code}" if code < 0 else f"code {code}"
         return ModelError(
@@ -347,7 +347,7 @@ class LlamaCpp:
         if "errno" in header:
             error = OSError(header["errno"], header["text"])
             return as_disk_error(error, target or source or Path())
-        why, about = header["refused"], header["about"]
+        why, about, said = header["refused"], header["about"], self._last_words()
         if why == "source":
             where = f" in {source}" if source else ""
             return ModelError(f"{about}{where} has numbers that are not finite")
@@ -356,9 +356,9 @@ class LlamaCpp:
                 f"{about} has numbers that the type written cannot hold",
                 fix="write bf16 or f32, which hold every number of bf16 and f32 models",
             )
-        return ModelError(
-            why, got=" / ".join(filter(None, [about, _end_of(self._last_words())])) or None
-        )
+        if _short_of_memory(said):
+            return _out_of_memory(what)
+        return ModelError(why, got=" / ".join(filter(None, [about, _end_of(said)])) or None)
 
 
 def require_library() -> None:
@@ -369,6 +369,11 @@ def require_library() -> None:
     """
     if find_library() is None:
         raise UsageError("llama.cpp is needed for this, and it is not installed", fix=NEED)
+
+
+def _short_of_memory(said: str) -> bool:
+    """Whether llama.cpp, C++ or Python gave up for want of memory."""
+    return any(word in said for word in ("bad_alloc", "MemoryError", "failed to allocate"))
 
 
 def _end_of(said: str) -> str | None:
@@ -388,6 +393,6 @@ def _subject(verb: str, source: Path | None) -> str:
 def _out_of_memory(what: str) -> MemoryLimitError:
     return MemoryLimitError(
         f"the memory does not suffice for llama.cpp {what}",
-        got=f"{human_bytes(psutil.virtual_memory().available)} free",
-        fix="end other programs, or use shorter prompts",
+        got=f"{human_bytes(memory_left())} free",
+        fix="end other programs, then run it again",
     )

@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+
+from tsugiki.files import cache_folder
 
 SOURCES = sorted(Path(__file__).parent.glob("*.[ch]pp"))
 SWITCH = "TSUGIKI_COMPILED"  # 0: never compile, always plain torch
@@ -41,26 +44,26 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     if found is None:
         return None, "no C++ compiler (c++, g++ or clang++); with one, steps get faster"
     try:
-        return ctypes.CDLL(str(_built(found))), f"compiled for this CPU by {found}"
-    except (OSError, subprocess.SubprocessError) as error:
+        return ctypes.CDLL(str(_built(shlex.split(found)))), f"compiled for this CPU by {found}"
+    except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: a stray quote
         said = getattr(error, "stderr", None) or str(error)
         return None, f"{found} could not build them: {said.strip().splitlines()[-1][:200]}"
 
 
-def _built(compiler: str) -> Path:
+def _built(compiler: list[str]) -> Path:
     """Path of the library, compiled now where it was not before."""
-    command = [compiler, *FLAGS]
+    command = [*compiler, *FLAGS]
     if platform.machine() == "x86_64":
         command.append("-mprefer-vector-width=512")
     version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=SECONDS
+        [*compiler, "--version"], capture_output=True, text=True, check=True, timeout=SECONDS
     ).stdout
     # torch's own OpenMP: a second one would be a second set of threads on the same cores
     openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))[:1]
     texts = [source.read_text() for source in SOURCES]
     said = "\0".join([*texts, *command, *map(str, openmp), version, _processor()])
     name = hashlib.sha256(said.encode()).hexdigest()[:16]
-    place = _folder() / f"bodies-{name}.so"
+    place = cache_folder("kernels") / f"bodies-{name}.so"
     seal = place.with_suffix(".sha256")  # loading a file cut short would end the process
     if not (place.exists() and seal.exists() and seal.read_text() == _digest(place)):
         units = [str(source) for source in SOURCES if source.suffix == ".cpp"]
@@ -80,11 +83,6 @@ def _built(compiler: str) -> Path:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "tsugiki" / "kernels"
 
 
 def _processor() -> str:
