@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tsugiki.config import LoraConfig, RunConfig, build_config, read_yaml
 from tsugiki.data.chat import Example
 from tsugiki.device import Decisions
 from tsugiki.errors import MemoryLimitError, RunError, UsageError
+from tsugiki.fitting import Length, fit_to_memory
 from tsugiki.joining import merge_adapter
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.models.checkpointing import CheckpointedLayer, checkpoint_layers
@@ -192,6 +194,26 @@ def test_memory_decides_rows_then_checkpointing_then_refuses() -> None:
     never = {"train": {"gradient_checkpointing": "never"}}
     with pytest.raises(MemoryLimitError, match="this run needs"):
         plan(some, fixed, never)
+
+
+def test_rows_are_as_long_as_memory_allows() -> None:
+    def length(memory: int | str, **data: Any) -> Length:
+        given = {"train": {"max_memory": str(memory)}, "data": data}
+        return fit_to_memory(build_config(given), SPEC, FACTS, CPU)
+
+    wide = length("900GB")
+    assert (wide.tokens, wide.cut) == (2000, False)
+    assert "the longest row" in wide.reason
+    one = {"train": {"batch_size": 1, "gradient_checkpointing": "always"}}
+    need = plan(10**12, one).memory_total
+    short = length(int(0.97 * need))
+    assert short.cut
+    assert 64 <= short.tokens < 2000
+    fitting = replace(FACTS, longest=short.tokens, tokens=FACTS.rows * min(500, short.tokens))
+    assert plan(int(0.97 * need), facts=fitting).memory_total <= 0.97 * need
+    asked = length(int(0.97 * need), max_length=1500)
+    assert (asked.tokens, asked.cut) == (1500, False), "what was asked for is kept, or refused"
+    assert not length("1MB").cut, "nothing useful fits: planning refuses"
 
 
 def test_ways_out_are_ranked_by_what_they_need() -> None:

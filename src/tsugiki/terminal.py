@@ -23,8 +23,8 @@ class Terminal:
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
-        self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-        self.errors = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+        self.errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         self.live = self.console.is_terminal and not as_json
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -39,14 +39,14 @@ class Terminal:
     def heading(self, text: str) -> None:
         """A title between parts; nothing in JSON."""
         if not self.as_json:
-            self.console.print(f"\n[bold]{text}[/bold]")
+            self.console.print(f"\n{text}", style="bold")
 
     def warn(self, text: str, **data: Any) -> None:
         """Something the user should know but that stops nothing; to stderr."""
         if self.as_json:
             self.say("warning", "", text=text, **data)
         else:
-            self.errors.print(f"warning: {text}", style="yellow", markup=False)
+            self.errors.print(f"warning: {text}", style="yellow")
 
     def step(self, kind: str, text: str, done: int, total: int, **data: Any) -> None:
         """Progress of a long work: a bar on a terminal, a line elsewhere."""
@@ -57,7 +57,7 @@ class Terminal:
             self._progress = Progress(
                 TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=24),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 console=self.console,
                 transient=True,
             )
