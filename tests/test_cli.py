@@ -13,8 +13,9 @@ from families import save_tiny
 from tokenizers_for_tests import CHATML, tiny_tokenizer
 
 from tsugiki.config import RunConfig, build_config, flag_fields, read_yaml
-from tsugiki.errors import UsageError
+from tsugiki.errors import DiskError, UsageError
 from tsugiki.presets import PRESETS, preset
+from tsugiki.training.keeping import refuse_used
 
 ROOT = Path(__file__).parent.parent
 
@@ -157,6 +158,23 @@ def test_an_output_that_cannot_be_is_refused_before_anything_is_read(place: Path
         given = ["train", "rows.jsonl", "--model", "model", "--output", output]
         assert run(place, *given).stdout == ""
         assert run(place, *given, "--dry-run").returncode == 1
+
+
+def test_no_permission_is_told(tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    child = os.fork()
+    if child == 0:
+        code = 9
+        try:
+            if os.geteuid() == 0:
+                os.setuid(65534)  # root may write anywhere
+            refuse_used(locked / "run")
+        except DiskError as error:
+            code = 7 if "no permission to write" in str(error) else 8
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_names_with_brackets_and_a_terminal_without_arrows(place: Path) -> None:

@@ -209,7 +209,10 @@ def test_rows_are_as_long_as_memory_allows() -> None:
     short = length(int(0.97 * need))
     assert short.cut
     assert 64 <= short.tokens < 2000
-    fitting = replace(FACTS, longest=short.tokens, tokens=FACTS.rows * min(500, short.tokens))
+    tokens = FACTS.rows * min(500, short.tokens)
+    fitting = replace(
+        FACTS, longest=short.tokens, tokens=tokens, labelled_tokens=min(200_000, tokens)
+    )
     assert plan(int(0.97 * need), facts=fitting).memory_total <= 0.97 * need
     asked = length(int(0.97 * need), max_length=1500)
     assert (asked.tokens, asked.cut) == (1500, False), "what was asked for is kept, or refused"

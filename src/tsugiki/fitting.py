@@ -50,7 +50,8 @@ def fit_to_memory(
 
     def fits(length: int, share: float) -> bool:
         tokens = min(facts.tokens, facts.rows * length)
-        shorter = replace(facts, longest=length, tokens=tokens)
+        labelled = min(facts.labelled_tokens, tokens)
+        shorter = replace(facts, longest=length, tokens=tokens, labelled_tokens=labelled)
         rows = config.train.batch_size or 1
         need = predict_memory(spec, tried, shorter, decisions, rows, trainable)
         return sum(need.values()) <= share * limit

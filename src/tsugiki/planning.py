@@ -328,7 +328,9 @@ def ways_out(
         way(flags, "train", {"batch_size": 1})
     if facts.longest > 256:
         half = facts.longest // 2
-        shorter = replace(facts, longest=half, tokens=min(facts.tokens, facts.rows * half))
+        tokens = min(facts.tokens, facts.rows * half)
+        labelled = min(facts.labelled_tokens, tokens)
+        shorter = replace(facts, longest=half, tokens=tokens, labelled_tokens=labelled)
         way(f"--max-length {half}", "data", {"max_length": half}, facts=shorter)
     needs = []
     for flags, changed, seen, count in ways:
