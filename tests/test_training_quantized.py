@@ -197,25 +197,26 @@ def test_memory_decides_rows_then_checkpointing_then_refuses() -> None:
 
 
 def test_rows_are_as_long_as_memory_allows() -> None:
+    long = replace(FACTS, longest=16_000, tokens=2_400_000)
+
     def length(memory: int | str, **data: Any) -> Length:
         given = {"train": {"max_memory": str(memory)}, "data": data}
-        return fit_to_memory(build_config(given), SPEC, FACTS, CPU)
+        return fit_to_memory(build_config(given), SPEC, long, CPU)
 
     wide = length("900GB")
-    assert (wide.tokens, wide.cut) == (2000, False)
+    assert (wide.tokens, wide.cut) == (16_000, False)
     assert "the longest row" in wide.reason
     one = {"train": {"batch_size": 1, "gradient_checkpointing": "always"}}
-    need = plan(10**12, one).memory_total
-    short = length(int(0.97 * need))
+    some = int(0.8 * plan(10**12, one, facts=long).memory_total)
+    with pytest.raises(MemoryLimitError):
+        plan(some, facts=long)
+    short = length(some)
     assert short.cut
-    assert 64 <= short.tokens < 2000
-    tokens = FACTS.rows * min(500, short.tokens)
-    fitting = replace(
-        FACTS, longest=short.tokens, tokens=tokens, labelled_tokens=min(200_000, tokens)
-    )
-    assert plan(int(0.97 * need), facts=fitting).memory_total <= 0.97 * need
-    asked = length(int(0.97 * need), max_length=1500)
-    assert (asked.tokens, asked.cut) == (1500, False), "what was asked for is kept, or refused"
+    assert 2_000 < short.tokens < 16_000
+    tokens = FACTS.rows * min(4_000, short.tokens)
+    plan(some, facts=replace(long, longest=short.tokens, tokens=tokens))
+    asked = length(some, max_length=15_000)
+    assert (asked.tokens, asked.cut) == (15_000, False), "what was asked for is kept, or refused"
     assert not length("1MB").cut, "nothing useful fits: planning refuses"
 
 
