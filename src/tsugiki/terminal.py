@@ -23,8 +23,10 @@ class Terminal:
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
-        self.console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
-        self.errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        # Paths and commands are shown as they are, brackets and colons too.
+        as_it_is: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+        self.console = Console(soft_wrap=not sys.stdout.isatty(), **as_it_is)
+        self.errors = Console(stderr=True, highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal and not as_json
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -46,7 +48,7 @@ class Terminal:
         if self.as_json:
             self.say("warning", "", text=text, **data)
         else:
-            self.errors.print(f"warning: {text}", style="yellow")
+            self.errors.print(f"warning: {text}", style="yellow", markup=False)
 
     def step(self, kind: str, text: str, done: int, total: int, **data: Any) -> None:
         """Progress of a long work: a bar on a terminal, a line elsewhere."""
@@ -57,7 +59,7 @@ class Terminal:
             self._progress = Progress(
                 TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=24),
-                TextColumn("{task.description}", markup=False),
+                TextColumn("{task.description}"),
                 console=self.console,
                 transient=True,
             )
