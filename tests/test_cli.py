@@ -179,7 +179,7 @@ def test_no_permission_is_told(tmp_path: Path) -> None:
 
 def test_names_with_brackets_and_a_terminal_without_arrows(place: Path) -> None:
     folder = place / "odd[/b]"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "r[red].jsonl").write_text((place / "rows.jsonl").read_text())
     done = subprocess.run(
         [sys.executable, "-m", "tsugiki", "data", "show", "odd[/b]/r[red].jsonl",
