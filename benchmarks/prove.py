@@ -18,6 +18,7 @@ PROOFS = {
     "demo_controls": "the demo's score is learnt: base, examples, nearest row, shuffled, fresh",
     "kills": "50 kill −9 at random moments end in the same bytes",
     "real_data": "stories260K on three real sets, beside PEFT",
+    "greedy": "stories260K goes on as its author publishes",
     "aozora": "five works train a tiny GPT-2, LoRA learns the sixth",
     "merge_memory": "a 6 GB merge in bounded memory, at the speed of a copy",
     "memory": "the planned memory of a run against its peak",

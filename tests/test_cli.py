@@ -14,8 +14,9 @@ from runs import own_cache
 from tokenizers_for_tests import CHATML, tiny_tokenizer
 
 from tsugiki.config import RunConfig, build_config, flag_fields, read_yaml
-from tsugiki.errors import UsageError
+from tsugiki.errors import DiskError, UsageError
 from tsugiki.presets import PRESETS, preset
+from tsugiki.training.keeping import refuse_used
 
 ROOT = Path(__file__).parent.parent
 
@@ -120,6 +121,19 @@ BAD = {
     "target": (["train", "rows.jsonl", "--model", "model", "--targets", "q_porj"], "q_proj"),
     "device": (["train", "rows.jsonl", "--model", "model", "--device", "cuda:7"], "not on this"),
     "no run": (["train", "--resume", "runs/none"], "there is no run folder"),
+    "seed": (["train", "rows.jsonl", "--seed", "-3"], "--seed"),
+    "a file": (["train", "rows.jsonl", "--model", "model", "--output", "rows.jsonl"], "is a file"),
+    "in a file": (["train", "rows.jsonl", "--output", "rows.jsonl/x"], "is a file"),
+    "long name": (["train", "x" * 300], "File name too long"),
+    "long model": (["train", "rows.jsonl", "--model", f"./{'x' * 300}"], "File name too long"),
+    "no target": (["train", "rows.jsonl", "--model", "model", "--targets", ""], "no target was"),
+    "word": (["train", "rows.jsonl", "--model", "model", "--targets", "allinear"], "all-linear?"),
+    "column": (
+        ["train", "rows.jsonl", "--model", "model", "--columns", "prompt=prompt,answer=compeltion"],
+        "did you mean 'completion'?",
+    ),
+    "resume as": (["train", "--resume", "model", "--preset", "style"], "joined with --resume"),
+    "resume by": (["train", "--resume", "model", "--config", "c.yaml"], "joined with --resume"),
     "exists": (["train", "rows.jsonl", "--model", "model", "--output", "model"], "exists already"),
     "suffix": (["train", "model/config.yml", "--model", "model"], "no file"),
     "memory": (["train", "rows.jsonl", "--model", "model", "--max-memory", "50MB"], "--lora-r 8"),
@@ -138,6 +152,55 @@ def test_bad_input(place: Path, case: str) -> None:
     assert done.returncode != 0
     assert said in done.stderr.replace("\n", " "), done.stderr
     assert sorted(p for p in place.rglob("*") if "cache" not in p.parts) == before
+
+
+def test_an_output_that_cannot_be_is_refused_before_anything_is_read(place: Path) -> None:
+    for output in ("model", "rows.jsonl"):
+        given = ["train", "rows.jsonl", "--model", "model", "--output", output]
+        assert run(place, *given).stdout == ""
+        assert run(place, *given, "--dry-run").returncode == 1
+
+
+def test_no_permission_is_told(tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    child = os.fork()
+    if child == 0:
+        code = 9
+        try:
+            if os.geteuid() == 0:
+                os.setuid(65534)  # root may write anywhere
+            refuse_used(locked / "run")
+        except DiskError as error:
+            code = 7 if "no permission to write" in str(error) else 8
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_names_with_brackets_and_a_terminal_without_arrows(place: Path) -> None:
+    folder = place / "odd[/b]"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "r[red].jsonl").write_text((place / "rows.jsonl").read_text())
+    done = subprocess.run(
+        [sys.executable, "-m", "tsugiki", "data", "show", "odd[/b]/r[red].jsonl",
+         "--model", "model", "--count", "1"],
+        cwd=place, env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "odd[/b]/r[red].jsonl:1" in done.stdout
+
+
+def test_held_out_rows_of_their_own_are_shown(place: Path) -> None:
+    (place / "held.jsonl").write_text(
+        '{"prompt": "new", "completion": "one"}\n{"prompt": "broken"}\n'
+    )
+    done = run(
+        place, "data", "check", "rows.jsonl", "--model", "model", "--eval-data", "held.jsonl"
+    )
+    assert "30 to train, 1 held out" in done.stdout
+    assert "held.jsonl:2" in done.stdout
 
 
 def test_yaml_keys(place: Path) -> None:

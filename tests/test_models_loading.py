@@ -140,9 +140,9 @@ except TsugikiError as error:
 """
 
 
-def ask(hub: tuple[int, Path], name: str) -> tuple[int, str]:
+def surroundings(hub: tuple[int, Path]) -> dict[str, str]:
     port, folder = hub
-    environment = {
+    return {
         **os.environ,
         "HF_ENDPOINT": f"http://127.0.0.1:{port}",
         "HF_HOME": str(folder / "home"),
@@ -151,9 +151,12 @@ def ask(hub: tuple[int, Path], name: str) -> tuple[int, str]:
         "HF_HUB_DOWNLOAD_TIMEOUT": "5",
         "HF_HUB_ETAG_TIMEOUT": "5",
     }
+
+
+def ask(hub: tuple[int, Path], name: str) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-c", CODE, name],
-        env=environment, capture_output=True, text=True, timeout=120, check=False,
+        env=surroundings(hub), capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout
@@ -189,3 +192,19 @@ def test_the_hub(hub: tuple[int, Path]) -> None:
     code, said = ask((1, hub[1]), "good/other")
     assert code != 0
     assert "Hub" in said
+
+
+def test_the_commit_of_a_hub_base_is_recorded(hub: tuple[int, Path], tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    done = subprocess.run(
+        [sys.executable, "-m", "tsugiki", "train", "rows.jsonl", "--model", "good/tiny",
+         "--max-steps", "1", "--output", "run", "--dtype", "float32"],
+        cwd=tmp_path, env={**surroundings(hub), "TSUGIKI_CACHE": str(tmp_path / "cache")},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    base = json.loads((tmp_path / "run" / "adapter" / "tsugiki.json").read_text())["base"]
+    assert (base["name"], base["commit"]) == (
+        "good/tiny",
+        "0123456789abcdef0123456789abcdef01234567",
+    )

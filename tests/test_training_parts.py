@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,17 +19,22 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tsugiki.adapters.attach import attach, detach
 from tsugiki.adapters.storage import load_adapter, save_adapter
 from tsugiki.config import LoraConfig, build_config
+from tsugiki.data.chat import ChatFormat
+from tsugiki.data.dataset import prepare
+from tsugiki.data.formats import Message, Row, Rows
 from tsugiki.engine.engine import Engine, Request
 from tsugiki.engine.sampling import Sampling
 from tsugiki.errors import AdapterError, NonFiniteError
 from tsugiki.models.hub import resolve_model
 from tsugiki.models.isolation import probe_isolation
-from tsugiki.models.load import load_base
+from tsugiki.models.load import load_base, load_tokenizer
 from tsugiki.pipelines import run_training
+from tsugiki.talk.opening import Who, open_voices
 from tsugiki.terminal import Terminal
 from tsugiki.training import loop, metrics
 from tsugiki.training.checkpoint import newest_whole, save_checkpoint
 from tsugiki.training.report import write_report
+from tsugiki.training.samples import choose_prompts
 from tsugiki.training.schedule import learning_rate
 from tsugiki.training.simple import train
 from tsugiki.training.step import decay_groups
@@ -186,6 +192,55 @@ def test_full_fine_tuning_writes_a_model_that_loads(small: Path) -> None:
     assert any(changed)
     held = [x["loss"] for x in metrics.read(folder) if x["kind"] == "held_out"]
     assert min(held[1:]) < held[0]
+
+
+def test_a_run_contacts_nothing(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a connection was tried")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    folder = run(small, "alone", max_steps=1)
+    opened = open_voices(Who(adapters=(str(folder),)), Terminal(as_json=True))
+    assert opened.default.name == "alone"
+
+
+def test_a_whole_model_renders_and_ends_as_training_did(small: Path, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "bare", tiny_tokenizer(None))
+    config = build_config(
+        {
+            "output": str(tmp_path / "run"),
+            "model": {"name": str(tmp_path / "bare"), "dtype": "float32"},
+            "data": {"path": str(small / "rows.jsonl"), "template": "instruction-ja"},
+            "train": {"max_steps": 1, "method": "full"},
+        }
+    )
+    run_training(config, Terminal(as_json=True))
+    trained = ChatFormat.of(load_tokenizer(resolve_model(str(tmp_path / "bare"))), "instruction-ja")
+    found = ChatFormat.of(load_tokenizer(resolve_model(str(tmp_path / "run" / "model"))))
+    asked = [Message("user", "count 3")]
+    assert found.prompt_ids(asked) == trained.prompt_ids(asked)
+    assert found.stop_ids == trained.stop_ids
+    stored = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
+    assert stored["eos_token_id"] == list(trained.stop_ids)
+
+
+def test_samples_are_asked_as_training_renders_them() -> None:
+    template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    chat = ChatFormat.of(tiny_tokenizer(template))
+    talk = (Message("user", "what time is it?"), Message("assistant", "noon"))
+    row = Row(talk, None, "a:1", tools=({"name": "clock"},))
+    rows = Rows([row], [], "messages", ("a",), "", 1)
+    (prompt,) = choose_prompts((), prepare(rows, chat, max_length=512), chat)
+    (example,) = chat.examples(row)
+    assert prompt.ids == example.ids[: len(prompt.ids)]
+    assert example.labels[len(prompt.ids) - 1] == -100
+    assert example.labels[len(prompt.ids)] != -100
 
 
 def test_early_stopping_holds_over_a_resume(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tsugiki.config import LoraConfig, RunConfig, build_config, read_yaml
 from tsugiki.data.chat import Example
 from tsugiki.device import Decisions
 from tsugiki.errors import MemoryLimitError, RunError, UsageError
+from tsugiki.fitting import Length, fit_to_memory
 from tsugiki.joining import merge_adapter
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.models.checkpointing import CheckpointedLayer, checkpoint_layers
@@ -192,6 +194,30 @@ def test_memory_decides_rows_then_checkpointing_then_refuses() -> None:
     never = {"train": {"gradient_checkpointing": "never"}}
     with pytest.raises(MemoryLimitError, match="this run needs"):
         plan(some, fixed, never)
+
+
+def test_rows_are_as_long_as_memory_allows() -> None:
+    long = replace(FACTS, longest=16_000, tokens=2_400_000)
+
+    def length(memory: int | str, **data: Any) -> Length:
+        given = {"train": {"max_memory": str(memory)}, "data": data}
+        return fit_to_memory(build_config(given), SPEC, long, CPU)
+
+    wide = length("900GB")
+    assert (wide.tokens, wide.cut) == (16_000, False)
+    assert "the longest row" in wide.reason
+    one = {"train": {"batch_size": 1, "gradient_checkpointing": "always"}}
+    some = int(0.8 * plan(10**12, one, facts=long).memory_total)
+    with pytest.raises(MemoryLimitError):
+        plan(some, facts=long)
+    short = length(some)
+    assert short.cut
+    assert 2_000 < short.tokens < 16_000
+    tokens = FACTS.rows * min(4_000, short.tokens)
+    plan(some, facts=replace(long, longest=short.tokens, tokens=tokens))
+    asked = length(some, max_length=15_000)
+    assert (asked.tokens, asked.cut) == (15_000, False), "what was asked for is kept, or refused"
+    assert not length("1MB").cut, "nothing useful fits: planning refuses"
 
 
 def test_ways_out_are_ranked_by_what_they_need() -> None:

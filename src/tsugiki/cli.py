@@ -6,6 +6,7 @@ load no torch. Knows nothing of how a verb does its work.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -67,6 +68,13 @@ def train(
             raise UsageError("the data was given twice", fix="give DATA or --data, not both")
         settings.setdefault("data", {})["path"] = source
     if resume is not None:
+        whole = [f for f, k in (("--preset", "preset"), ("--output", "output")) if k in settings]
+        whole += ["--config"] if config is not None else []
+        if whole:
+            raise UsageError(
+                f"{' and '.join(whole)} cannot be joined with --resume",
+                fix=f"tsugiki train --resume {resume} takes its settings from the run folder",
+            )
         stored = read_yaml(resume / "config.yaml") if resume.exists() else None
         if stored is None:
             raise UsageError(f"there is no run folder {resume}", fix="ls runs/")
@@ -286,6 +294,12 @@ def main() -> None:
     """Run the CLI; every TsugikiError becomes a message and an exit code, never a traceback."""
     from tsugiki.errors import TsugikiError
 
+    for stream in (
+        sys.stdin,
+        sys.stdout,
+    ):  # bytes that are no text, signs a terminal lacks: shown as ?
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     # Read when torch is loaded, here or in the child. Threads that spin while they wait keep the
     # one they wait for off a busy core: a step then takes many times as long (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -299,6 +313,9 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # a path that the system refuses: too long, no permission on the way
+        place = "" if error.filename is None else f"{str(error.filename)[:80]}: "
+        _fail(TsugikiError(f"{place}{error.strerror or error}", fix="check the path"))
 
 
 def _fail(error: TsugikiError) -> None:

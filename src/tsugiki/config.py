@@ -219,6 +219,13 @@ class TrainConfig(Section):
             parse_bytes(value)
         return value
 
+    @field_validator("seed")
+    @classmethod
+    def _seed(cls, value: int) -> int:
+        if not 0 <= value < 1 << 63:
+            raise ValueError("must be at least 0 and below 2^63")
+        return value
+
     @field_validator("learning_rate", "epochs")
     @classmethod
     def _positive(cls, value: float | None) -> float | None:

@@ -9,14 +9,14 @@ from rich.text import Text
 from tsugiki.config import RunConfig
 from tsugiki.data import aozora
 from tsugiki.data.chat import ChatFormat
-from tsugiki.data.dataset import Prepared, prepare
+from tsugiki.data.dataset import Prepared
 from tsugiki.data.files import data_files
-from tsugiki.data.formats import read_rows
 from tsugiki.data.report import counts_table, show
 from tsugiki.errors import DataError
 from tsugiki.files import atomic_write
 from tsugiki.models.load import load_tokenizer, resolve_model
 from tsugiki.models.spec import ModelSpec
+from tsugiki.pipelines import prepare_rows
 from tsugiki.planning import check_context
 from tsugiki.terminal import Terminal
 
@@ -28,23 +28,7 @@ def _prepare(config: RunConfig) -> tuple[Prepared, ChatFormat]:
     spec = ModelSpec.from_folder(resolved.folder, trust_remote_code=trusted)
     check_context(config.data.max_length, spec)
     chat = ChatFormat.of(load_tokenizer(resolved, trust_remote_code=trusted), config.data.template)
-    rows = read_rows(
-        config.data.path,
-        columns=config.data.columns,
-        prompt_template=config.data.prompt_template,
-        answer_template=config.data.answer_template,
-        strict=config.data.strict,
-    )
-    prepared = prepare(
-        rows,
-        chat,
-        max_length=config.data.max_length or spec.context,
-        long=config.data.long,
-        train_on=config.data.train_on,
-        eval_ratio=config.data.eval_ratio,
-        strict=config.data.strict,
-    )
-    return prepared, chat
+    return prepare_rows(config, chat, spec.context)[1], chat
 
 
 def show_data(config: RunConfig, terminal: Terminal, count: int) -> None:

@@ -12,21 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from tsugiki import supervise
-from tsugiki.adapters.targets import resolve_targets
 from tsugiki.config import RunConfig, Section
 from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import Prepared, prepare
 from tsugiki.data.formats import Rows, read_rows
-from tsugiki.data.report import counts_table, show
 from tsugiki.device import Decisions, decide
 from tsugiki.errors import DataError, UsageError, ran_out
-from tsugiki.files import human_bytes, read_json, require_space
-from tsugiki.kernels.backend import describe, replay
+from tsugiki.files import read_json, require_space
+from tsugiki.fitting import count_trainable, facts_of, fit_to_memory
+from tsugiki.kernels.backend import replay
 from tsugiki.models.load import (
     Base,
     ResolvedModel,
@@ -37,20 +35,17 @@ from tsugiki.models.load import (
 )
 from tsugiki.models.spec import ModelSpec
 from tsugiki.planning import (
-    Facts,
     Plan,
     check_context,
-    compare_memory,
     make_plan,
     out_of_memory,
-    projection_bytes,
 )
+from tsugiki.showing import show_plan, show_rows
 from tsugiki.terminal import Terminal
 from tsugiki.training.events import TrainResult
+from tsugiki.training.keeping import refuse_used
 from tsugiki.training.loop import train
 from tsugiki.watching import tell
-
-SHOWN_SKIPS = 8
 
 
 @dataclass(frozen=True)
@@ -83,6 +78,8 @@ def run_training(
     Raises:
         TsugikiError: anything a user can mend, before the first step where possible.
     """
+    if resume is None and config.output is not None:
+        refuse_used(config.output)
     session = prepare_session(config, terminal, resume)
     show_plan(session, terminal)
     if dry_run:
@@ -165,10 +162,18 @@ def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) 
     if lost:
         terminal.warn(lost)
     rows, prepared = prepare_rows(config, chat, spec.context)
+    facts = facts_of(prepared)
+    length = fit_to_memory(config, spec, facts, decisions, resumed=resume is not None)
+    if length.cut:
+        shorter = config.data.model_copy(update={"max_length": length.tokens})
+        config = config.model_copy(update={"data": shorter})
+        rows, prepared = prepare_rows(config, chat, spec.context)
     show_rows(rows, prepared, tokenizer, terminal)
     trainable = count_trainable(config, spec)
     stored = config.model_copy(update=absolute_paths(config))
     plan = make_plan(stored, spec, facts_of(prepared), decisions, trainable=trainable)
+    if length.reason:
+        plan.reasons["data.max_length"] = length.reason
     return Session(resolved, tokenizer, chat, spec, prepared, decisions, plan)
 
 
@@ -251,114 +256,6 @@ def _read_eval(config: RunConfig) -> Rows | None:
         answer_template=config.data.answer_template,
         strict=config.data.strict,
     )
-
-
-def facts_of(prepared: Prepared) -> Facts:
-    """The counts that planning needs."""
-    examples = prepared.train
-    return Facts(
-        rows=len(examples),
-        labelled_tokens=sum(sum(label != -100 for label in e.labels) for e in examples),
-        tokens=sum(len(e.ids) for e in examples),
-        longest=max(len(e.ids) for e in (*examples, *prepared.held_out)),
-        held_out=len(prepared.held_out),
-    )
-
-
-def count_trainable(config: RunConfig, spec: ModelSpec) -> int:
-    """Parameters that will be trained, from shapes alone."""
-    if config.train.method == "full":
-        return spec.parameters
-    targets = resolve_targets(spec.meta_model(), config.lora.targets)
-    return sum(config.lora.r * (t.in_features + t.out_features) for t in targets)
-
-
-def show_rows(
-    rows: Rows, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, terminal: Terminal
-) -> None:
-    """Kept and skipped rows, and two of them as the model sees them."""
-    terminal.heading("Rows")
-    terminal.say("rows", counts_table(prepared), layout=rows.layout, counts=prepared.counts)
-    for skip in prepared.skipped[:SHOWN_SKIPS]:
-        terminal.say(
-            "skipped",
-            Text(f"  skipped {skip.source}: {skip.reason}", style="yellow"),
-            source=skip.source,
-            reason=skip.reason,
-        )
-    if len(prepared.skipped) > SHOWN_SKIPS:
-        more = len(prepared.skipped) - SHOWN_SKIPS
-        terminal.say("note", f"  … and {more} more (tsugiki data check lists all)", text="")
-    for example in prepared.train[:2]:
-        plain = not terminal.console.color_system
-        terminal.say(
-            "example",
-            show(example, tokenizer, plain=plain),
-            source=example.source,
-            ids=list(example.ids),
-            labels=list(example.labels),
-        )
-
-
-def show_plan(session: Session, terminal: Terminal) -> None:
-    """What will be trained, why each value was chosen, and what it will cost."""
-    plan, config = session.plan, session.plan.config
-    terminal.heading("Plan")
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    values = {**_flat("train", config.train), **_flat("lora", config.lora)}
-    table.add_row("base", f"{session.resolved.name} ({session.spec.parameters:,} parameters)", "")
-    trainable = count_trainable(config, session.spec)
-    share = (
-        100 * trainable / (session.spec.parameters + trainable * (config.train.method == "lora"))
-    )
-    if config.train.method == "lora":
-        targets = resolve_targets(session.spec.meta_model(), config.lora.targets)
-        by_name: dict[str, list[int]] = {}
-        for target in targets:
-            size = config.lora.r * (target.in_features + target.out_features)
-            by_name.setdefault(target.path.rsplit(".", 1)[-1], []).append(size)
-        for name, sizes in by_name.items():
-            table.add_row(f"  {name}", f"{len(sizes)} × {sizes[0]:,} = {sum(sizes):,}", "")
-    table.add_row("trained", f"{trainable:,} parameters ({share:.2f} %)", "")
-    if config.model.quantize != "none":
-        kept, of = projection_bytes(session.spec, config.model.quantize, session.decisions)
-        table.add_row(
-            "quantize", config.model.quantize,
-            f"projections in {human_bytes(kept)} instead of {human_bytes(of)}",
-        )  # fmt: skip
-    for name in ("device", "dtype", "threads"):
-        reason = session.decisions.reasons.get(name, "")
-        table.add_row(name, str(getattr(session.decisions, name)), reason)
-    device = torch.device(session.decisions.device)
-    table.add_row("kernels", *describe(device, session.decisions.torch_dtype))
-    if session.decisions.compute == "int8":
-        table.add_row("compute", "int8", session.decisions.reasons.get("compute", ""))
-    for name, value in values.items():
-        if value is not None and name != "train.sample_prompt":
-            table.add_row(name.split(".")[1], str(value), plan.reasons.get(name, ""))
-    table.add_row("steps", f"{plan.steps:,} of {plan.rows_per_step} rows", "")
-    parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.memory.items())
-    table.add_row("memory", f"about {human_bytes(plan.memory_total)}", parts)
-    ways = compare_memory(session.spec, config, facts_of(session.prepared), session.decisions)
-    shown = " : ".join(f"{name} {human_bytes(size)}" for name, size in ways.items())
-    table.add_row("", shown, "what this run would need either way")
-    table.add_row("disk", f"up to {human_bytes(plan.disk)}", "")
-    terminal.say(
-        "plan",
-        table,
-        config=config.model_dump(mode="json"),
-        reasons=plan.reasons,
-        decisions=session.decisions.to_json(),
-        steps=plan.steps,
-        trainable=trainable,
-        memory=plan.memory,
-        memory_by_method=ways,
-        disk=plan.disk,
-    )
-
-
-def _flat(section: str, values: object) -> dict[str, object]:
-    return {f"{section}.{name}": value for name, value in values.__dict__.items()}
 
 
 def _run_folder(session: Session) -> Path:

@@ -42,7 +42,10 @@ class Facts:
 
 @dataclass(frozen=True)
 class Plan:
-    """A config without open values, the reason of each chosen one, and what it will cost."""
+    """A config without open values, the reason of each chosen one, and what it will cost.
+
+    longest: the limit of a row's tokens, chosen or asked for.
+    """
 
     config: RunConfig
     reasons: dict[str, str]
@@ -51,6 +54,7 @@ class Plan:
     trainable: int
     memory: dict[str, int]
     disk: int
+    longest: int
 
     @property
     def memory_total(self) -> int:
@@ -208,7 +212,8 @@ def make_plan(
     resolved = config.model_copy(update={"lora": lora, "train": train})
     memory = predict_memory(spec, resolved, facts, decisions, micro, trainable)
     disk = predict_disk(spec, resolved, trainable)
-    plan = Plan(resolved, reasons, steps, per_step, trainable, memory, disk)
+    longest = config.data.max_length or facts.longest
+    plan = Plan(resolved, reasons, steps, per_step, trainable, memory, disk, longest)
     if plan.memory_total > limit:
         raise MemoryLimitError(
             f"this run needs about {human_bytes(plan.memory_total)}",
@@ -324,7 +329,9 @@ def ways_out(
         way(flags, "train", {"batch_size": 1})
     if facts.longest > 256:
         half = facts.longest // 2
-        shorter = replace(facts, longest=half, tokens=min(facts.tokens, facts.rows * half))
+        tokens = min(facts.tokens, facts.rows * half)
+        labelled = min(facts.labelled_tokens, tokens)
+        shorter = replace(facts, longest=half, tokens=tokens, labelled_tokens=labelled)
         way(f"--max-length {half}", "data", {"max_length": half}, facts=shorter)
     needs = []
     for flags, changed, seen, count in ways:

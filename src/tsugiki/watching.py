@@ -116,9 +116,11 @@ def _finished(result: TrainResult, terminal: Terminal, folder: Path) -> None:
             else f"held-out loss {result.first_held_out:.4f} → {result.best_loss:.4f}"
         )
     lines.append(f"{result.tokens:,} tokens in {result.seconds:.0f} s; ended: {result.stopped_by}")
-    lines.append(f"adapter:  {result.adapter}")
+    whole = result.adapter.name == "model"  # full fine-tuning
+    lines.append(f"{'model:  ' if whole else 'adapter:'}  {result.adapter}")
     lines.append(f"report:   {folder / 'report.html'}")
-    lines.append(f"next:     tsugiki chat --adapter {result.adapter}")
+    flags = f"--base-only --model {result.adapter}" if whole else f"--adapter {result.adapter}"
+    lines.append(f"next:     tsugiki chat {flags}")
     terminal.say("finished", Text("\n".join(lines)), **asdict(result))
 
 

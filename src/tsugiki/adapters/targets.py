@@ -88,7 +88,7 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[Tar
                 fix="--targets all-linear, or name them",
             )
         return tuple(chosen)
-    names = [targets] if isinstance(targets, str) else list(targets)
+    names = [name for name in ([targets] if isinstance(targets, str) else targets) if name]
     wrong, chosen_paths = [], set()
     for name in names:
         matches = {t.path for t in possible if t.path == name or t.path.endswith(f".{name}")}
@@ -122,7 +122,7 @@ def _why_not(model: nn.Module, name: str, possible: list[Target]) -> str:
             return f"{name}: a {type(module).__name__} is not a linear projection"
     if any(n == name or n.endswith(f".{name}") for n, _ in model.named_parameters()):
         return f"{name}: a bare parameter (stacked experts or a fused tensor) is not supported"
-    near = did_you_mean(name, tuple(_last_names(possible)))
+    near = did_you_mean(name, (*WORDS, *_last_names(possible)))
     return f"{name}: no module of that name" + (f"; did you mean {near}?" if near else "")
 
 

@@ -116,7 +116,8 @@ def parse(text: str) -> Any:
         raise ValueError("holds half of a surrogate pair") from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column" if "\n" in text.strip() else "column"
-        raise ValueError(f"not valid JSON ({error.msg} at {where} {error.colno})") from None
+        what = error.msg.removesuffix(" at")
+        raise ValueError(f"not valid JSON ({what} at {where} {error.colno})") from None
     except ValueError as error:
         if "integer string conversion" in str(error):
             raise ValueError("holds a number of more than 4,300 digits") from None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tsugiki.data.files import ROW_SUFFIXES, Record, Skipped, data_files, parse, read_records
-from tsugiki.errors import DataError
+from tsugiki.errors import DataError, did_you_mean
 from tsugiki.files import sha256_file
 
 ROLES = {
@@ -107,6 +107,7 @@ def read_rows(
     skipped: list[Skipped] = []
     layouts: Counter[str] = Counter()
     unknown: dict[str, Any] | None = None
+    first: dict[str, Any] | None = None
     layout: str | None = None
     given = _given(columns or {}, prompt_template, answer_template)
     seen = 0
@@ -117,6 +118,7 @@ def read_rows(
             if isinstance(record, Skipped):
                 _skip(record, skipped, strict)
                 continue
+            first = first or record.value
             if given is None and layout is None:
                 layout = detect(record.value)
                 if layout is None:
@@ -132,6 +134,8 @@ def read_rows(
             except RowProblem as problem:
                 _skip(Skipped(record.source, str(problem)), skipped, strict)
     if not rows:
+        if given is not None and first is not None:
+            _refuse_misspelt(path, "".join(filter(None, given)), first)
         _nothing(path, skipped, unknown)
     notes = []
     if path.is_dir() and files[0].suffix.lower() in ROW_SUFFIXES:
@@ -340,6 +344,18 @@ def _skip(skip: Skipped, skipped: list[Skipped], strict: bool) -> None:
     if strict:
         raise DataError(f"{skip.source}: {skip.reason}", fix="mend the row, or leave --strict out")
     skipped.append(skip)
+
+
+def _refuse_misspelt(path: Path, templates: str, value: Mapping[str, Any]) -> None:
+    """Raises DataError: a column that --columns or a template names, and the rows do not have."""
+    for name, index in FIELD.findall(templates):
+        if not index and name.strip() not in value:
+            near = did_you_mean(name.strip(), [str(key) for key in value])
+            raise DataError(
+                f"{path}: the rows have no column {name.strip()!r}",
+                got=_columns(value),
+                fix=f"did you mean {near!r}?" if near else "name a column that is there",
+            )
 
 
 def _nothing(path: Path, skipped: list[Skipped], unknown: dict[str, Any] | None) -> None:

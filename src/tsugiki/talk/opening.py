@@ -101,7 +101,7 @@ def open_voices(who: Who, terminal: Terminal, root: Path = Path(".")) -> Opened:
     folders = _folders(who, terminal, root)
     resolved = _resolve(who, folders, terminal)
     quantize = check_method(who.quantize or _recorded_quantization(folders)[0])
-    spec = ModelSpec.from_folder(resolved.folder)
+    spec = ModelSpec.from_folder(resolved.folder, trust_remote_code=who.trust_remote_code)
     decisions = decide(who.device, who.dtype, hidden_size=spec.hidden_size)
     base = load_base(
         resolved,

@@ -6,6 +6,8 @@ Knows adapters and models' files, not the loop.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,8 @@ from tsugiki.adapters.storage import BaseIdentity, save_adapter, versions
 from tsugiki.config import RunConfig
 from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import Prepared
-from tsugiki.errors import DiskError, NonFiniteError, TsugikiError
-from tsugiki.files import atomic_folder, write_json
+from tsugiki.errors import DiskError, NonFiniteError, RunError, TsugikiError
+from tsugiki.files import as_disk_error, atomic_folder, atomic_write, read_json, write_json
 from tsugiki.models.load import Base
 from tsugiki.models.spec import NameMap, stored_dtype
 from tsugiki.training.checkpoint import as_os_error
@@ -27,6 +29,30 @@ FREE_ON_RESUME = {
     "save_every", "log_every", "sample_prompt", "show_grad_norms",
     "gradient_checkpointing", "max_memory",
 }  # fmt: skip
+
+
+def refuse_used(folder: Path) -> None:
+    """Refuse an output folder that a run could not be put in, before anything is read for it.
+
+    Raises:
+        RunError: a file, or a folder that holds something already.
+        DiskError: it could not be made there.
+    """
+    try:
+        if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+            raise RunError(
+                f"the output folder {folder} exists already",
+                fix=f"--resume {folder} goes on with it; or choose another --output",
+            )
+        there = folder
+        while not os.path.lexists(there):
+            there = there.parent
+        if not there.is_dir():
+            raise RunError(f"{there} is a file, not a folder", fix="choose another --output")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise as_disk_error(error, folder) from None
 
 
 def base_identity(base: Base) -> BaseIdentity:
@@ -135,4 +161,18 @@ def keep_state(
         base.model.save_pretrained(temporary)  # type: ignore[operator]
         base.tokenizer.save_pretrained(temporary)
         write_json(temporary / "training_info.json", record)
+        _keep_format(temporary, chat)
     return target
+
+
+def _keep_format(folder: Path, chat: ChatFormat) -> None:
+    """A whole model has no record of ours: its own files say how training rendered and ended."""
+    if chat.template is not None:
+        starts = "true" if chat.starts_with_bos else "false"
+        text = f"{{%- set starts_with_bos = {starts} -%}}{chat.template}"
+        atomic_write(folder / "chat_template.jinja", text)
+    path = folder / "generation_config.json"
+    stored = read_json(path) if path.is_file() else {}
+    known = stored.get("eos_token_id")
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    write_json(path, stored | {"eos_token_id": [*dict.fromkeys((*chat.stop_ids, *known))]})

@@ -44,7 +44,14 @@ from tsugiki.training.events import (
     TrainResult,
 )
 from tsugiki.training.gradients import few_passes, settle, told_by
-from tsugiki.training.keeping import base_identity, keep_state, report, run_identity, told
+from tsugiki.training.keeping import (
+    base_identity,
+    keep_state,
+    refuse_used,
+    report,
+    run_identity,
+    told,
+)
 from tsugiki.training.objective import held_out_loss, summed_loss
 from tsugiki.training.ranks import ranks
 from tsugiki.training.samples import answer_all, choose_prompts
@@ -89,11 +96,8 @@ def train(
     settings = config.train
     model, device = base.model, base.device
     among = ranks(device)
-    if among.first and not resume and _holds_a_run(folder):
-        raise RunError(
-            f"the output folder {folder} exists already",
-            fix=f"--resume {folder} goes on with it; or choose another --output",
-        )
+    if among.first and not resume:
+        refuse_used(folder)
     with RunLock(folder) if among.first else contextlib.nullcontext():
         torch.manual_seed(settings.seed + among.rank)  # dropout differs between ranks
         if settings.method == "lora":
@@ -145,7 +149,7 @@ def train(
         if base.int8 is not None:
             base.int8.use(progress.int8_level)
         watch = Watch(total_steps)
-        prompts = choose_prompts(settings.sample_prompt, prepared, base.tokenizer)
+        prompts = choose_prompts(settings.sample_prompt, prepared, chat)
 
         def write(name: str, kind: str, **values: Any) -> None:
             """A line of the run's own records."""
@@ -336,10 +340,6 @@ def train(
 
 def _done(progress: Progress) -> tuple[int, ...]:
     return progress.step, progress.evaluated, progress.sampled, progress.proven
-
-
-def _holds_a_run(folder: Path) -> bool:
-    return folder.exists() and any(path.name != ".lock" for path in folder.iterdir())
 
 
 def memory_in_use(device: torch.device) -> int:
