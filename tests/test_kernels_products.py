@@ -42,7 +42,7 @@ def test_a_product_is_as_near_to_fp64_as_torchs(
     onto = torch.randn(rows, out, generator=generator).bfloat16()
     wanted = onto.double() + exact(x, stored)
     plain = torch.addmm(onto, x, matrix.T)
-    assert products.add_multiplied(onto, x, matrix) is onto
+    assert products.multiply_into(onto, x, matrix, add=True) is onto
     assert distance(onto, wanted) <= 1.01 * distance(plain, wanted)
 
 
@@ -91,7 +91,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 def test_rows_with_strides_and_a_part_of_the_result() -> None:
     whole, matrix = torch.randn(80, 256).bfloat16(), torch.randn(48, 128).bfloat16()
     x, y = whole[:, 64:192], torch.zeros(80, 96).bfloat16()
-    products.add_multiplied(y[:, :48], x, matrix)
+    products.multiply_into(y[:, :48], x, matrix, add=True)
     assert distance(y[:, :48], exact(x, matrix)) < 3e-3
     assert not y[:, 48:].any(), "nothing beside it is written"
 

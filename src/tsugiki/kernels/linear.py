@@ -19,7 +19,7 @@ from tsugiki.kernels.backend import triton_runs
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.kernels.dropout import draw_seed
 from tsugiki.kernels.lowrank import add_product, grad_of_a, pair_gradients, shrink
-from tsugiki.kernels.products import add_multiplied, multiply
+from tsugiki.kernels.products import multiply, multiply_into
 
 WIDE = 1 << 24  # weights widened at a time: 64 MB
 
@@ -76,7 +76,11 @@ class DenseWeight:
     def matmul_t(self, g: Tensor, onto: Tensor | None = None) -> Tensor:
         """g (…, out) → (…, in); added to `onto` in place where given."""
         matrix = self.dense().T
-        return multiply(g, matrix) if onto is None else add_multiplied(onto, g, matrix)
+        if onto is None:
+            return multiply(g, matrix)
+        flat = g.reshape(-1, g.shape[-1])
+        multiply_into(onto.view(-1, onto.shape[-1]), flat, matrix, add=True)
+        return onto
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows (n, in) of the (out, in) matrix."""

@@ -21,24 +21,28 @@ STEP = 64  # bytes: the depth of a tile; a matrix of other width is not taken
 
 def multiply(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (…, K) · matrixᵀ (n, K) + bias (n,) → (…, n); seen by autograd where it records."""
-    fused = _tiles(x, matrix)
-    if fused is None:
+    if _tiles(x, matrix) is None:
         return F.linear(x, matrix, bias)
     flat = x.reshape(-1, x.shape[-1])
     y = x.new_empty(flat.shape[0], matrix.shape[0])
-    fused.multiply(flat, matrix, None if bias is None else bias.float(), y, add=False)
-    return y.view(*x.shape[:-1], -1)
+    return multiply_into(y, flat, matrix, bias).view(*x.shape[:-1], -1)
 
 
-def add_multiplied(onto: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
-    """onto (…, n) += x (…, K) · matrixᵀ (n, K), in place. Not recorded by autograd."""
-    flat, y = x.reshape(-1, x.shape[-1]), onto.view(-1, onto.shape[-1])
+def multiply_into(
+    y: Tensor, x: Tensor, matrix: Tensor, bias: Tensor | None = None, *, add: bool = False
+) -> Tensor:
+    """y (T, n) = x (T, K) · matrixᵀ (n, K) + bias (n,), or added to y without a bias; in place and
+    not recorded by autograd."""
     fused = _tiles(x, matrix)
-    if fused is None:
-        y.addmm_(flat, matrix.T)
+    if fused is not None:
+        fused.multiply(x, matrix, None if bias is None else bias.float(), y, add)
+    elif add:
+        y.addmm_(x, matrix.T)
+    elif bias is None:
+        torch.mm(x, matrix.T, out=y)
     else:
-        fused.multiply(flat, matrix, None, y, add=True)
-    return onto
+        torch.addmm(bias.to(x.dtype), x, matrix.T, out=y)
+    return y
 
 
 def _tiles(x: Tensor, matrix: Tensor) -> Any:

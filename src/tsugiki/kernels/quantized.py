@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tsugiki.kernels.products import multiply_into
+
 ALL = slice(None)
 TILE = 6 << 20  # elements of a tile: 12 MB in bf16
 
@@ -103,11 +105,9 @@ class QuantizedWeight:
                 return y.view(*x.shape[:-1], out)
             y = torch.empty(flat.shape[0], out, dtype=x.dtype, device=x.device)
             for rows in self._slices(out, width, 1):
-                tile = self.codes.unpack(rows, ALL, x.dtype, self.workspace).T
-                if self.bias is None:
-                    torch.mm(flat, tile, out=y[:, rows])
-                else:
-                    torch.addmm(self.bias[rows].to(x.dtype), flat, tile, out=y[:, rows])
+                tile = self.codes.unpack(rows, ALL, x.dtype, self.workspace)
+                bias = None if self.bias is None else self.bias[rows]
+                multiply_into(y[:, rows], flat, tile, bias)
         return y.view(*x.shape[:-1], out)
 
     def matmul_t(self, g: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -122,10 +122,7 @@ class QuantizedWeight:
         with torch.no_grad():
             for columns in self._slices(width, out, self.codes.divisible):
                 tile = self.codes.unpack(ALL, columns, g.dtype, self.workspace)
-                if onto is None:
-                    torch.mm(flat, tile, out=x[:, columns])
-                else:
-                    x[:, columns].addmm_(flat, tile)
+                multiply_into(x[:, columns], flat, tile.T, add=onto is not None)
         return result
 
     def rows(self, index: Tensor) -> Tensor:
