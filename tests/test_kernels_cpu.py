@@ -196,6 +196,12 @@ def test_a_family_held_to_torch_stays_there() -> None:
     assert backend.operations(cpu, torch.float64) == noted
 
 
+def test_a_family_that_a_run_did_not_know_was_torchs_then() -> None:
+    found, warning = backend.replay({"loss": "torch"}, torch.device("cpu"), torch.float32)
+    assert (set(found.values()), warning) == ({"torch"}, "")
+    assert backend.compiled_bodies(torch.zeros(2), "tiles") is None
+
+
 def test_lost_kernels_are_said() -> None:
     found, warning = backend.replay({"loss": "triton"}, torch.device("cpu"), torch.float32)
     assert found["loss"] in ("torch", "compiled")

@@ -55,8 +55,12 @@ def operations(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 def replay(
     noted: dict[str, str], device: torch.device, dtype: torch.dtype
 ) -> tuple[dict[str, str], str]:
-    """Hold to what a run wrote down, if anything; what computes now, and a warning if others do."""
-    hold_plain(family for family, taken in noted.items() if taken == "torch")
+    """Hold to what a run wrote down, if anything; what computes now, and a warning if others do.
+
+    A family that an older version did not know was torch's then.
+    """
+    known = (FAMILIES if device.type == "cuda" else ON_CPU) if noted else ()
+    hold_plain(family for family in known if noted.get(family, "torch") == "torch")
     found = operations(device, dtype)
     lost = [family for family, taken in noted.items() if found.get(family) != taken]
     if not lost:
