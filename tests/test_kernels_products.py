@@ -97,6 +97,11 @@ def test_rows_with_strides_and_a_part_of_the_result() -> None:
 
 
 def test_what_the_tiles_do_not_take_is_torchs() -> None:
+    none, y = torch.empty(0, 64, dtype=torch.int8), torch.empty(0, 8)
+    matrix = torch.zeros(8, 64, dtype=torch.int8)
+    assert not products.multiply_codes(
+        none, matrix, torch.empty(0, 1), None, None, y, across=False, add=False
+    )
     x, matrix = torch.randn(80, 64).bfloat16(), torch.randn(48, 64).bfloat16()
     assert products._tiles(x[:8], matrix) is None, "few rows"
     assert products._tiles(x[:, :40], matrix[:, :40]) is None, "an odd width"

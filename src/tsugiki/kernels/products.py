@@ -80,7 +80,7 @@ def multiply_codes(
         False: y is as it was.
     """
     fused = compiled_bodies(y, "tiles")
-    if fused is None or codes.shape[1] % STEP or y.dtype not in (torch.bfloat16, torch.float32):
+    if fused is None or codes.shape[1] % STEP or not codes.numel():
         return False
     fused.multiply_codes(codes, matrix, rows, columns, bias, y, across, add)
     return True

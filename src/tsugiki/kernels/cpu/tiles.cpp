@@ -149,7 +149,7 @@ inline void put_row(float* at, __m512 low, __m512 high, __mmask32 mask, bool add
     _mm512_mask_storeu_ps(at + 16, h, high);
 }
 
-// y (m, n) = x (m, k) · W, times rows · columns, + bias; strides in entries.
+// y (m, n) = x (m, k) · W, times rows · columns, + bias; strides in entries; none of m, n, k is zero.
 template <class E, class Y>
 struct Product {
     const E *x, *w;
