@@ -25,7 +25,7 @@ from tsugiki.errors import TsugikiError
 from tsugiki.merging import plan_merge, write_merged
 from tsugiki.models.shards import open_model
 from tsugiki.proof.artefact import open_artefact
-from tsugiki.proof.checks import Report
+from tsugiki.proof.checks import Bounds, Report
 from tsugiki.proof.verify import verify
 
 TOKENIZER = tiny_tokenizer(CHATML)
@@ -320,7 +320,7 @@ def test_limits_can_be_changed(place: Callable[[str], Path], tmp_path: Path) -> 
     adapter = open_artefact(str(home / "adapter"), str(home / "base"))
     write_merged(plan_merge(home / "adapter", home / "base", dtype="bf16"), tmp_path / "low")
     low = open_artefact(str(tmp_path / "low"))
-    report = verify(adapter, low, max_error=1e-4, max_kl=1e-9)
+    report = verify(adapter, low, bounds=Bounds(1e-4, 1e-9))
     assert [check.step for check in report.checks if not check.ok] == ["5 logits", "5 logits"]
 
 

@@ -151,7 +151,12 @@ def test_the_verb(place: Callable[[str], Path], tmp_path: Path) -> None:
     assert good.exit_code == 0, good.output
     assert "quantised again" in good.output
     assert "equal in all" in good.output
-    for more in (["--max-error", "1e-6"], ["--max-kl", "1e-12"], ["--dtype", "q4_k_m"]):
+    for more in (
+        ["--max-error", "1e-6"],
+        ["--max-kl", "1e-12"],
+        ["--max-ratio", "-2"],
+        ["--dtype", "q4_k_m"],
+    ):
         bad = runner.invoke(app, [*arguments, *more, "--json"])
         assert bad.exit_code == 1, bad.output
         assert json.loads(bad.output.splitlines()[-1])["ok"] is False

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -31,6 +31,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     TOKENIZER.save_pretrained(folder / "base")
     merge_memory.make_adapter(folder / "base", folder / "adapter")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _heard() -> Iterator[None]:
+    """A job in the background ignores Ctrl-C, and so would what it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def stopped(place: Path, when: Callable[[], object], *arguments: str) -> str:

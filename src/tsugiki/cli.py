@@ -171,6 +171,9 @@ def verify(
     dtype: Asked = None,
     max_error: Annotated[float | None, typer.Option(help="of logits, relative to spread")] = None,
     max_kl: Annotated[float | None, typer.Option(help="limit of the mean KL, in nats")] = None,
+    max_ratio: Annotated[
+        float | None, typer.Option(help="how far the perplexities' ratio may be from 1")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="a text to compare perplexities on")] = None,
     layer_by_layer: Annotated[
         bool, typer.Option("--layer-by-layer", help="never hold a whole model in memory")
@@ -184,7 +187,7 @@ def verify(
     could be compared: llama.cpp is not installed, or the memory does not suffice.
     """
     how: dict[str, Any] = {"model": model, "dtype": dtype, "accept_base": accept_base}
-    limits: dict[str, Any] = {"max_error": max_error, "max_kl": max_kl}
+    limits: dict[str, Any] = {"max_error": max_error, "max_kl": max_kl, "max_ratio": max_ratio}
     limits |= {"text": text, "layer_by_layer": layer_by_layer}
     with stoppable(f"the proof of {candidate}"):
         from tsugiki.joining import verify_pair

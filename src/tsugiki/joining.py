@@ -152,6 +152,7 @@ def verify_pair(
     accept_base: bool = False,
     max_error: float | None = None,
     max_kl: float | None = None,
+    max_ratio: float | None = None,
     text: Path | None = None,
     layer_by_layer: bool = False,
 ) -> Proof:
@@ -162,7 +163,8 @@ def verify_pair(
             FILE.gguf+LORA.gguf.
         model: the base of whichever is an adapter; its own when None.
         dtype: the type that was asked of the candidate: f32, bf16, f16; of a file also q4_k_m …
-        max_error, max_kl: limits of the logits instead of those of the type.
+        max_error, max_kl, max_ratio: limits of the logits instead of those of the type
+            (`proof.checks.Bounds`).
         text: a text file whose first tokens' perplexities are compared.
         layer_by_layer: stream the weights even where a model would fit in memory.
 
@@ -170,6 +172,7 @@ def verify_pair(
         TsugikiError: one of the two cannot be read; it is named.
     """
     from tsugiki.planning import free_memory
+    from tsugiki.proof.checks import Bounds
     from tsugiki.proof.gguf.artefact import GgufArtefact
     from tsugiki.proof.gguf.verify import llama_if_there, verify_gguf
     from tsugiki.proof.verify import verify
@@ -179,8 +182,7 @@ def verify_pair(
     first = open_either(reference, model, accept_base)
     second = open_either(candidate, model, accept_base)
     how: dict[str, Any] = {
-        "max_error": max_error,
-        "max_kl": max_kl,
+        "bounds": Bounds(max_error, max_kl, max_ratio),
         "memory": 0 if layer_by_layer else free_memory("cpu"),
         "text": read,
     }

@@ -26,6 +26,30 @@ LIMITS = {
     "float16": (0.1, 1e-4, 1e-2),
     "bfloat16": (0.5, 2e-3, 5e-2),
 }
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What is asked of the logits; None: what the stored type allows.
+
+    error: difference / spread. kl: mean, in nats. ratio: how far the perplexities' ratio may be
+    from 1.
+    """
+
+    error: float | None = None
+    kl: float | None = None
+    ratio: float | None = None
+
+    def over(self, error: float, kl: float, ratio: float) -> tuple[float, float, float]:
+        """These where they are given, else a type's."""
+        return (
+            error if self.error is None else self.error,
+            kl if self.kl is None else self.kl,
+            ratio if self.ratio is None else self.ratio,
+        )
+
+
+OF_TYPE = Bounds()
 SHOWN = 6
 UNMADE = "memory for it"
 MORE_ROOM = "end other programs, then: tsugiki verify A B --layer-by-layer"

@@ -21,7 +21,7 @@ from tsugiki.models.kept import put_kept
 from tsugiki.models.load import Base, load_base
 from tsugiki.models.spec import ModelSpec, NameMap
 from tsugiki.proof.artefact import Artefact
-from tsugiki.proof.checks import LIMITS, Check
+from tsugiki.proof.checks import LIMITS, OF_TYPE, Bounds, Check
 from tsugiki.proof.streamed import as_stored, stream, streamed_base
 from tsugiki.proof.texts import prompts, token_ids
 
@@ -72,15 +72,14 @@ def compare_logits(
     reference: Artefact,
     candidate: Artefact,
     *,
-    max_error: float | None = None,
-    max_kl: float | None = None,
+    bounds: Bounds = OF_TYPE,
     memory: int | None = None,
     text: str | None = None,
 ) -> list[Check]:
     """Run both, one after the other, and compare.
 
     Args:
-        max_error, max_kl: limits instead of those of the candidate's stored type.
+        bounds: limits instead of those of the candidate's stored type.
         memory: bytes that a model may take; one that needs more in fp32 runs module by module.
         text: its first tokens are run too, and the two perplexities compared.
     """
@@ -89,12 +88,10 @@ def compare_logits(
     theirs, _, second = logits_of(candidate, probe, memory)
     if ours.shape != theirs.shape:
         return [unequal_shapes(ours, theirs)]
-    limits = LIMITS[_coarser(reference.dtype(), candidate.dtype())]
-    error = limits[0] if max_error is None else max_error
-    kl = limits[1] if max_kl is None else max_kl
+    error, kl, ratio = bounds.over(*LIMITS[_coarser(reference.dtype(), candidate.dtype())])
     checks = closeness(distance(ours, theirs), len(probe.at), error, kl)
     if text is not None:
-        checks.append(perplexities(ours, theirs, probe, limits[2]))
+        checks.append(perplexities(ours, theirs, probe, ratio))
     if plain is not None:
         checks.append(effect_of(ours, plain))
     if first or second:

@@ -12,7 +12,7 @@ from functools import partial
 from tsugiki.models.kept import as_kept
 from tsugiki.models.quantized import METHODS
 from tsugiki.proof.artefact import Artefact
-from tsugiki.proof.checks import Check, Report, run_steps
+from tsugiki.proof.checks import OF_TYPE, Bounds, Check, Report, run_steps
 from tsugiki.proof.logits import compare_logits
 from tsugiki.proof.settings import compare_settings
 from tsugiki.proof.tensors import compare_files, compare_tensors
@@ -24,8 +24,7 @@ def verify(
     candidate: Artefact,
     *,
     dtype: str | None = None,
-    max_error: float | None = None,
-    max_kl: float | None = None,
+    bounds: Bounds = OF_TYPE,
     logits: bool = True,
     memory: int | None = None,
     text: str | None = None,
@@ -35,7 +34,7 @@ def verify(
     Args:
         dtype: the type that was asked of the candidate (float32, bfloat16, float16); what its own
             record says, or the reference's type, when None.
-        max_error, max_kl: limits of the logits instead of those of the type.
+        bounds: limits of the logits instead of those of the type.
         logits: whether to load and run both models.
         memory: bytes that a loaded model may take; one that needs more runs module by module.
         text: something to read, for the ratio of the perplexities.
@@ -63,8 +62,7 @@ def verify(
             compare_logits,
             reference,
             candidate,
-            max_error=max_error,
-            max_kl=max_kl,
+            bounds=bounds,
             memory=memory,
             text=text,
         )

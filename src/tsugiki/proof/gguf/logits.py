@@ -19,7 +19,7 @@ from tsugiki.formats.ggml_types import TYPES, GgmlType
 from tsugiki.formats.gguf_settings import limits as length_limits
 from tsugiki.formats.llama_cpp.process import LlamaCpp
 from tsugiki.proof.artefact import Artefact
-from tsugiki.proof.checks import Check
+from tsugiki.proof.checks import OF_TYPE, Bounds, Check
 from tsugiki.proof.gguf.artefact import GgufArtefact, bits
 from tsugiki.proof.gguf.form import text_settings
 from tsugiki.proof.logits import (
@@ -117,19 +117,17 @@ def compare_logits(
     read: Reading,
     file: GgufArtefact,
     llama: LlamaCpp,
-    *,
-    max_error: float | None = None,
-    max_kl: float | None = None,
+    bounds: Bounds = OF_TYPE,
 ) -> list[Check]:
     """Run the file and compare.
 
     Args:
-        max_error, max_kl: limits instead of those of the file's type.
+        bounds: limits instead of those of the file's type.
     """
     theirs, under = _logits(file, read.probe, llama, None)
     if read.logits.shape != theirs.shape:
         return [unequal_shapes(read.logits, theirs)]
-    checks = _judged(read, theirs, file, max_error, max_kl)
+    checks = _judged(read, theirs, file, bounds)
     moved, bare = (theirs, under) if under is not None else (read.logits, read.plain)
     if bare is not None:
         checks.append(effect_of(moved, bare))
@@ -138,29 +136,26 @@ def compare_logits(
     return checks
 
 
-def _judged(
-    read: Reading, theirs: Tensor, file: GgufArtefact, max_error: float | None, max_kl: float | None
-) -> list[Check]:
+def _judged(read: Reading, theirs: Tensor, file: GgufArtefact, bounds: Bounds) -> list[Check]:
     """The distances beside the limits of the file's type."""
     ours, probe, learnt = read.logits, read.probe, read.learnt
     far, kind = distance(ours, theirs), file.coarsest
     if kind.name == "F32":
-        error, kl, ratio = WITH_TABLE if file.arch in GELU else EXACT if learnt else RANDOM
-        error = error if max_error is None else max_error
-        checks = closeness(far, len(probe.at), error, kl if max_kl is None else max_kl)
+        own = WITH_TABLE if file.arch in GELU else EXACT if learnt else RANDOM
+        error, kl, ratio = bounds.over(*own)
+        checks = closeness(far, len(probe.at), error, kl)
         return [*checks, perplexities(ours, theirs, probe, ratio)]
     limits = limits_of(kind)
-    error = limits.learnt if learnt else limits.random
-    kl = limits.kl if learnt else math.inf
+    error, kl, ratio = bounds.over(
+        limits.learnt if learnt else limits.random,
+        limits.kl if learnt else math.inf,
+        limits.ratio if learnt else math.inf,
+    )
     if learnt:  # elsewhere a distribution is flat and its noise large
         known = probe.following >= 0
         far = replace(distance(ours[known], theirs[known]), error=far.error, mean=far.mean)
-    checks = closeness(
-        far, len(probe.at), error if max_error is None else max_error,
-        kl if max_kl is None else max_kl, mean=True,
-    )  # fmt: skip
-    most = limits.ratio if learnt else math.inf
-    text = perplexities(ours, theirs, probe, most, rounded=True)
+    checks = closeness(far, len(probe.at), error, kl, mean=True)
+    text = perplexities(ours, theirs, probe, ratio, rounded=True)
     why = "the reference has not learnt to read it: KL and perplexity are not judged"
     return [*checks, text if learnt else replace(text, details=(why,))]
 

@@ -13,7 +13,7 @@ from functools import cache, partial
 from tsugiki.formats.llama_cpp.library import NEED, find_library
 from tsugiki.formats.llama_cpp.process import LlamaCpp
 from tsugiki.proof.artefact import Artefact
-from tsugiki.proof.checks import Check, Report, run_steps
+from tsugiki.proof.checks import OF_TYPE, Bounds, Check, Report, run_steps
 from tsugiki.proof.gguf.artefact import GgufArtefact, bits
 from tsugiki.proof.gguf.form import Form, form_of
 from tsugiki.proof.gguf.logits import Reading, compare_logits, limited, read_reference
@@ -31,8 +31,7 @@ def verify_gguf(
     llama: LlamaCpp | None,
     *,
     dtype: str | None = None,
-    max_error: float | None = None,
-    max_kl: float | None = None,
+    bounds: Bounds = OF_TYPE,
     logits: bool = True,
     memory: int | None = None,
     text: str | None = None,
@@ -43,7 +42,7 @@ def verify_gguf(
     Args:
         llama: its process; without it what needs none is compared, and the rest named.
         dtype: the type that was asked of the file: q4_k_m, f16 …
-        max_error, max_kl, logits, memory, text: as in `proof.verify.verify`.
+        bounds, logits, memory, text: as in `proof.verify.verify`.
         reading: what the reference computed, where it is held to several files.
     """
     reference, file, swapped = _in_order(reference, candidate)
@@ -63,7 +62,7 @@ def verify_gguf(
         read = (
             reading() if reading else read_reference(reference, process, memory=memory, text=text)
         )
-        return compare_logits(read, file, process, max_error=max_error, max_kl=max_kl)
+        return compare_logits(read, file, process, bounds)
 
     steps: list[tuple[str, Callable[[], list[Check]]]] = [
         ("1 settings", lambda: compare_settings(*both(), file, reference)),
