@@ -262,7 +262,7 @@ def best_int8_rate(
     scale, real = torch.ones(tokens, 1), torch.empty(tokens, out).bfloat16()
     own = compiled_bodies(real, "tiles")
     if own is not None and width % 64 == 0:
-        runs.append(lambda: own.multiply_codes(x, w, scale, None, None, real, False, False))
+        runs.append(lambda: own.multiply_codes(x, w, scale, None, None, real, add=False))
     best, rounds, until = 0.0, 0, clock() + seconds
     while rounds < 3 or clock() < until:
         rounds += 1

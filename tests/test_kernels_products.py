@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -57,19 +60,17 @@ def test_products_of_codes_are_exact_sums(
     generator = torch.Generator().manual_seed(out)
     codes = torch.randint(-127, 128, (rows, width), generator=generator, dtype=torch.int8)
     stored = torch.randint(-127, 128, (out, width), generator=generator, dtype=torch.int8)
-    matrix = stored.T.contiguous() if across else stored
+    matrix = stored.T.contiguous().T if across else stored
     ones = torch.ones(rows, 1)
     y = torch.zeros(rows, out, dtype=torch.float32)
-    taken = products.multiply_codes(codes, matrix, ones, None, None, y, across=across, add=False)
-    assert taken
+    assert products.tiles_for_codes(codes, y) is compiled, "the tiles are what is tested"
+    compiled.multiply_codes(codes, matrix, ones, None, None, y, add=False)
     assert torch.equal(y.double(), exact(codes, stored).float().double())
     rows_scale, scale = torch.rand(rows, 1, generator=generator), torch.rand(out)
     bias, y = torch.randn(out), torch.randn(rows, out).to(dtype)
     wanted = exact(codes, stored) * rows_scale.double() * scale.double() + bias.double()
     wanted += y.double()
-    assert products.multiply_codes(
-        codes, matrix, rows_scale, scale, bias, y, across=across, add=True
-    )
+    compiled.multiply_codes(codes, matrix, rows_scale, scale, bias, y, add=True)
     assert distance(y, wanted) < (3e-3 if dtype == torch.bfloat16 else 1e-6)
 
 
@@ -98,10 +99,7 @@ def test_rows_with_strides_and_a_part_of_the_result() -> None:
 
 def test_what_the_tiles_do_not_take_is_torchs() -> None:
     none, y = torch.empty(0, 64, dtype=torch.int8), torch.empty(0, 8)
-    matrix = torch.zeros(8, 64, dtype=torch.int8)
-    assert not products.multiply_codes(
-        none, matrix, torch.empty(0, 1), None, None, y, across=False, add=False
-    )
+    assert products.tiles_for_codes(none, y) is None, "no rows"
     x, matrix = torch.randn(80, 64).bfloat16(), torch.randn(48, 64).bfloat16()
     assert products._tiles(x[:8], matrix) is None, "few rows"
     assert products._tiles(x[:, :40], matrix[:, :40]) is None, "an odd width"
@@ -114,3 +112,30 @@ def test_what_the_tiles_do_not_take_is_torchs() -> None:
         assert products._tiles(x, matrix) is None, "held plain"
     finally:
         backend.hold_plain(())
+
+
+@needs_tiles
+def test_no_memory_for_the_tiles_is_told() -> None:
+    """In a process of its own, which may not grow."""
+    code = """
+import resource, torch
+from tsugiki.kernels.cpu import compiled
+torch.set_num_threads(1)
+assert compiled.tiles()
+x, matrix = torch.zeros(1024, 4096).bfloat16(), torch.zeros(512, 4096).bfloat16()
+y = torch.empty(1024, 512).bfloat16()
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now, resource.getrlimit(resource.RLIMIT_AS)[1]))
+held = []
+try:
+    while True:
+        held.append(bytearray(1 << 18))
+except MemoryError:
+    pass
+try:
+    compiled.multiply(x, matrix, None, y, add=False)
+except MemoryError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "no memory for the tiles of a product with (1024, 512) results\n"

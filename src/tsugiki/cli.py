@@ -297,10 +297,8 @@ def main() -> None:
     """Run the CLI; every TsugikiError becomes a message and an exit code, never a traceback."""
     from tsugiki.errors import TsugikiError
 
-    for stream in (
-        sys.stdin,
-        sys.stdout,
-    ):  # bytes that are no text, signs a terminal lacks: shown as ?
+    for stream in (sys.stdin, sys.stdout):
+        # bytes that are no text, signs that a terminal lacks: shown as ?
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     # Read when torch is loaded, here or in the child. Threads that spin while they wait keep the

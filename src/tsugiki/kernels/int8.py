@@ -24,7 +24,7 @@ from torch import Tensor
 from tsugiki.kernels.backend import compiled_bodies
 from tsugiki.kernels.int8_rows import Int8Codes, quantize_int8
 from tsugiki.kernels.linear import FrozenWeight
-from tsugiki.kernels.products import multiply_codes
+from tsugiki.kernels.products import tiles_for_codes
 from tsugiki.kernels.quantized import QuantizedWeight, Workspace
 
 LEVELS = 127  # each side of zero
@@ -191,27 +191,9 @@ class Int8Weight:
         out, width = self.shape
         flat = x if x.dim() == 2 else x.reshape(-1, width)
         y = torch.empty(flat.shape[0], out, dtype=x.dtype, device=x.device)
-        fused = compiled_bodies(y, "int8")
         with torch.no_grad():
             codes = self.scratch.quantised(flat)
-            done = multiply_codes(
-                codes.codes, self.packed, codes.scale, self.scales, self.bias, y,
-                across=False, add=False,
-            )  # fmt: skip
-            for rows, columns in () if done else _tiles(*y.shape):
-                products = self._products(codes.codes[rows], self.packed[columns].T)
-                if fused is not None:
-                    bias = None if self.bias is None else self.bias[columns]
-                    scales = self.scales[columns]
-                    fused.scaled(
-                        products, codes.scale[rows], scales, bias, y[rows, columns], add=False
-                    )
-                    continue
-                for part, block in self._real(products, codes.scale[rows]):
-                    block.mul_(self.scales[columns])
-                    if self.bias is not None:
-                        block.add_(self.bias[columns])
-                    y[rows][part, columns] = block
+            self._multiply(codes, self.packed, self.scales, self.bias, y, add=False)
             if codes.apart is not None:
                 _add_apart(y, flat, codes.apart, self._columns(codes.apart.columns, x.dtype))
         return y.view(*x.shape[:-1], out)
@@ -230,8 +212,8 @@ class Int8Weight:
             for group in groups:
                 part = flat[:, group]
                 codes = quantise(part, self.scratch, self.scales[group], dither=self.dither)
-                fresh = onto is None and total is x
-                self._add_back(codes, self.packed[group], total, fresh)
+                add = onto is not None or total is not x
+                self._multiply(codes, self.packed[group].T, None, None, total, add=add)
                 if codes.apart is not None:
                     matrix = self._rows(codes.apart.columns + group.start, g.dtype)
                     _add_apart(total, part, codes.apart, matrix)
@@ -247,23 +229,38 @@ class Int8Weight:
         """The (out, in) matrix, as stored."""
         return self.source.dense()
 
-    def _add_back(self, codes: Quantised, packed: Tensor, total: Tensor, fresh: bool) -> None:
-        """total (T, in) = or += codes (T, k) · packed (k, in)."""
-        fused = compiled_bodies(total, "int8")
-        done = multiply_codes(
-            codes.codes, packed, codes.scale, None, None, total, across=True, add=not fresh
-        )
-        for rows, columns in () if done else _tiles(*total.shape):
-            products = self._products(codes.codes[rows], packed[:, columns])
+    def _multiply(
+        self,
+        codes: Quantised,
+        matrix: Tensor,
+        scales: Tensor | None,
+        bias: Tensor | None,
+        y: Tensor,
+        *,
+        add: bool,
+    ) -> None:
+        """y (T, n) = or += codes (T, K) · matrixᵀ (n, K) · scales (n,) + bias (n,)."""
+        tiles = tiles_for_codes(codes.codes, y)
+        if tiles is not None:
+            tiles.multiply_codes(codes.codes, matrix, codes.scale, scales, bias, y, add)
+            return
+        fused = compiled_bodies(y, "int8")
+        for rows, columns in _tiles(*y.shape):
+            products = self._products(codes.codes[rows], matrix[columns].T)
+            factor = None if scales is None else scales[columns]
+            plus = None if bias is None else bias[columns]
             if fused is not None:
-                y = total[rows, columns]
-                fused.scaled(products, codes.scale[rows], None, None, y, add=not fresh)
+                fused.scaled(products, codes.scale[rows], factor, plus, y[rows, columns], add=add)
                 continue
             for part, block in self._real(products, codes.scale[rows]):
-                if fresh:
-                    total[rows][part, columns] = block
+                if factor is not None:
+                    block.mul_(factor)
+                if plus is not None:
+                    block.add_(plus)
+                if add:
+                    y[rows][part, columns].add_(block)
                 else:
-                    total[rows][part, columns].add_(block)
+                    y[rows][part, columns] = block
 
     def _products(self, left: Tensor, right: Tensor) -> Tensor:
         """int8 (t, k) · (k, n) → int32 (t, n)."""

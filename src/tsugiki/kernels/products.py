@@ -60,27 +60,7 @@ def _tiles(x: Tensor, matrix: Tensor) -> Any:
     return compiled_bodies(x, "tiles")
 
 
-def multiply_codes(
-    codes: Tensor,
-    matrix: Tensor,
-    rows: Tensor,
-    columns: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor,
-    *,
-    across: bool,
-    add: bool,
-) -> bool:
-    """y (T, n) = or += codes (T, K) · matrix · rows (T, 1) · columns (n,) + bias, if tiles can.
-
-    Args:
-        codes, matrix: int8; the matrix is (n, K), or across (K, n).
-
-    Returns:
-        False: y is as it was.
-    """
-    fused = compiled_bodies(y, "tiles")
-    if fused is None or codes.shape[1] % STEP or not codes.numel():
-        return False
-    fused.multiply_codes(codes, matrix, rows, columns, bias, y, across, add)
-    return True
+def tiles_for_codes(codes: Tensor, y: Tensor) -> Any:
+    """What multiplies codes (T, K) int8 on tiles into y (T, n), with their scales; None: torch."""
+    taken = codes.shape[1] % STEP == 0 and codes.numel() > 0
+    return compiled_bodies(y, "tiles") if taken else None

@@ -34,10 +34,7 @@ def tiles() -> bool:
 
 def multiply(x: Tensor, matrix: Tensor, bias: Tensor | None, y: Tensor, add: bool) -> None:
     """y (T, n) = or += x (T, K) · matrixᵀ (n, K) + bias (n,), bf16; bias fp32; K in 32s."""
-    x, across = _along_rows(x), matrix.stride(1) != 1
-    stored = matrix.T if across else matrix
-    _call("multiply", y, x, stored, None, None, bias, y, *y.shape, x.shape[1], x.stride(0),
-          stored.stride(0), y.stride(0), int(across), int(add))  # fmt: skip
+    _multiply("multiply", _along_rows(x), matrix, None, None, bias, y=y, add=add)
 
 
 def multiply_codes(
@@ -47,12 +44,22 @@ def multiply_codes(
     columns: Tensor | None,
     bias: Tensor | None,
     y: Tensor,
-    across: bool,
     add: bool,
 ) -> None:
-    """See `kernels/products.py`; K is a multiple of 64."""
-    _call("multiply_codes", y, codes, matrix, rows, columns, bias, y, *y.shape, codes.shape[1],
-          codes.stride(0), matrix.stride(0), y.stride(0), int(across), int(add))  # fmt: skip
+    """The same of int8 codes, times the scales rows (T, 1) and columns (n,); K in 64s."""
+    _multiply("multiply_codes", codes, matrix, rows, columns, bias, y=y, add=add)
+
+
+def _multiply(
+    name: str, x: Tensor, matrix: Tensor, *rest: Tensor | None, y: Tensor, add: bool
+) -> None:
+    """matrix (n, K) lies along either dimension."""
+    across = matrix.stride(1) != 1
+    stored = matrix.T if across else matrix
+    done = _call(name, y, x, stored, *rest, y, *y.shape, x.shape[1], x.stride(0),
+                 stored.stride(0), y.stride(0), int(across), int(add))  # fmt: skip
+    if not done:
+        raise MemoryError(f"no memory for the tiles of a product with {tuple(y.shape)} results")
 
 
 def activates(activation: str) -> bool:
@@ -188,8 +195,11 @@ def _stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
 
 
-def _call(name: str, like: Tensor, *given: Argument) -> None:
-    """A body by name and type, on torch's threads; strides along the last dimension are one."""
+def _call(name: str, like: Tensor, *given: Argument) -> int:
+    """A body by name and type, on torch's threads; strides along the last dimension are one.
+
+    What it returns means something only of bodies that return something.
+    """
     loaded = library()[0]
     assert loaded is not None
     arguments: list[Any] = []
@@ -204,4 +214,5 @@ def _call(name: str, like: Tensor, *given: Argument) -> None:
         else:
             arguments.append(ctypes.c_int64(value))
     body = getattr(loaded, f"{name}_{NAMES[like.dtype]}")
-    body(*arguments, ctypes.c_int(torch.get_num_threads()))
+    returned: int = body(*arguments, ctypes.c_int(torch.get_num_threads()))
+    return returned

@@ -80,27 +80,24 @@ inline void lay_rows(const E* w, int64_t stride, int64_t rows, char* tile) {
     for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + 64 * i, out[i]);
 }
 
-// One tile from rows (k, n): entries of four rows of bytes, or two of bfloats, side by side.
-inline void lay_columns(const int8_t* w, int64_t stride, int64_t columns, char* tile) {
-    const __mmask16 mask = first(columns);
-    for (int64_t i = 0; i < 16; ++i, w += 4 * stride) {
-        const auto row = [&](int64_t j) {
-            return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w + j * stride));
-        };
-        const __m512i low = _mm512_or_si512(row(0), _mm512_slli_epi32(row(1), 8));
-        const __m512i high = _mm512_or_si512(row(2), _mm512_slli_epi32(row(3), 8));
-        _mm512_store_si512(tile + 64 * i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-    }
+inline __m512i widened(const int8_t* w, __mmask16 mask) {
+    return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w));
+}
+inline __m512i widened(const bfloat* w, __mmask16 mask) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, w));
 }
 
-inline void lay_columns(const bfloat* w, int64_t stride, int64_t columns, char* tile) {
+// One tile from rows (k, n): entries of four rows of bytes, or two of bfloats, side by side.
+template <class E>
+inline void lay_columns(const E* w, int64_t stride, int64_t columns, char* tile) {
     const __mmask16 mask = first(columns);
-    for (int64_t i = 0; i < 16; ++i, w += 2 * stride) {
-        const auto row = [&](int64_t j) {
-            return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, w + j * stride));
-        };
-        const __m512i both = _mm512_or_si512(row(0), _mm512_slli_epi32(row(1), 16));
-        _mm512_store_si512(tile + 64 * i, both);
+    for (int64_t i = 0; i < 16; ++i) {
+        __m512i all = widened(w, mask);
+        w += stride;
+#pragma GCC unroll 3
+        for (unsigned j = sizeof(E); j < 4; j += sizeof(E), w += stride)
+            all = _mm512_or_si512(all, _mm512_slli_epi32(widened(w, mask), 8 * j));
+        _mm512_store_si512(tile + 64 * i, all);
     }
 }
 
@@ -258,14 +255,16 @@ inline int64_t part(int64_t whole, int64_t most, int64_t unit) {
     return up((whole + count - 1) / count, unit);
 }
 
+// Whether there was memory for it; y is partly written where not.
 template <class E, class Y>
-void multiply_all(const Product<E, Y>& p, int threads) {
+bool multiply_all(const Product<E, Y>& p, int threads) {
     constexpr int64_t size = sizeof(E), per = DEPTH / size;
     const int64_t wide = part(up((p.n + threads - 1) / threads, SIDE), MOST_N, SIDE);
     const int64_t chunk = part(p.k, ROOM / size / wide, per), pass = part(chunk, MOST_K / size, per);
     const int64_t tall = part(p.m, MOST_M, SIDE);
     const int64_t across = (p.n + wide - 1) / wide, down = (p.m + tall - 1) / tall;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+    bool whole = true;
+#pragma omp parallel num_threads(threads) reduction(&& : whole) if (threads > 1)
     {
         const Shape shape;
         _tile_loadconfig(&shape);
@@ -273,8 +272,10 @@ void multiply_all(const Product<E, Y>& p, int threads) {
         const Memory kept(4 * (chunk < p.k ? tall : SIDE) * wide);
         Ending<E, Y> ending{p};
         int64_t turn = 0;
+        whole = tiles.at && corners.at && filled.at && kept.at;
 #pragma omp for schedule(dynamic)
         for (int64_t block = 0; block < across * down; ++block) {
+            if (!whole) continue;
             const int64_t left = block % across * wide, start = block / across * tall;
             const int64_t right = std::min(left + wide, p.n), stop = std::min(start + tall, p.m);
             const int64_t panels = (right - left + SIDE - 1) / SIDE;
@@ -315,6 +316,7 @@ void multiply_all(const Product<E, Y>& p, int threads) {
         ending.write(SIDE);
         _tile_release();
     }
+    return whole;
 }
 
 }  // namespace
@@ -333,13 +335,14 @@ int tiles_ready() {
 }
 
 #ifdef TILES
+// 0: no memory.
 #define MULTIPLY(NAME, E, Y)                                                                     \
-    void NAME(const E* x, const E* w, const float* rows, const float* columns, const float* bias, \
+    int NAME(const E* x, const E* w, const float* rows, const float* columns, const float* bias,  \
               Y* y, int64_t m, int64_t n, int64_t k, int64_t xs, int64_t ws, int64_t ys,          \
               int64_t across, int64_t add, int threads) {                                         \
-        multiply_all(Product<E, Y>{x, w, rows, columns, bias, y, m, n, k, xs, ws, ys,             \
-                                   across != 0, add != 0},                                        \
-                     threads);                                                                    \
+        return multiply_all(Product<E, Y>{x, w, rows, columns, bias, y, m, n, k, xs, ws, ys,      \
+                                          across != 0, add != 0},                                 \
+                            threads);                                                             \
     }
 MULTIPLY(multiply_bf16, bfloat, bfloat)
 MULTIPLY(multiply_codes_bf16, int8_t, bfloat)
