@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from tsugiki.kernels import backend, products
+from tsugiki.kernels import backend, loss, products
 from tsugiki.kernels.cpu import compiled
+from tsugiki.kernels.linear import DenseWeight
 
 needs_tiles = pytest.mark.skipif(
     not compiled.tiles(), reason="this CPU has no tile registers (Intel AMX), or no compiler"
@@ -139,3 +141,64 @@ except MemoryError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "no memory for the tiles of a product with (1024, 512) results\n"
+
+
+@needs_tiles
+@pytest.mark.parametrize("rows", [64, 65, 100, 1100])
+@pytest.mark.parametrize(("vocab", "width"), [(301, 64), (256, 96), (257, 32), (1000, 896)])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (0.5, 3.0)])
+def test_the_heads_loss_in_one_pass_is_nearer_than_through_logits(
+    rows: int, vocab: int, width: int, scale: float, softcap: float | None
+) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    table = (torch.randn(vocab, width, generator=generator) * 3 * width**-0.5).bfloat16()
+    targets = torch.randint(0, vocab, (rows,), generator=generator)
+    hidden = torch.randn(rows, width, generator=generator).bfloat16()
+    hidden[::3] += table[targets[::3]] * 2  # some are sure
+    head = loss.Head(DenseWeight(table), scale, softcap)
+    assert loss._tiles(hidden, head) is compiled, "the tiles are what is tested"
+
+    def numbers(
+        function: Callable[..., Tensor], head: loss.Head, x: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        leaf = x.detach().requires_grad_()
+        total = function(leaf, head, targets, 0.37)
+        return total.detach(), torch.autograd.grad(total, leaf)[0]
+
+    wide = loss.Head(DenseWeight(table.double()), scale, softcap)
+    exact = numbers(loss.reference_cross_entropy, wide, hidden.double())
+    plain = numbers(loss.reference_cross_entropy, head, hidden)
+    got = numbers(loss.chunked_cross_entropy, head, hidden)
+    assert float(got[0]) == pytest.approx(float(exact[0]), rel=1e-5)
+    assert distance(got[1], exact[1]) <= 1.01 * distance(plain[1], exact[1])
+    with torch.no_grad():
+        assert float(loss.chunked_cross_entropy(hidden, head, targets, 0.37)) == float(got[0])
+    alone = loss.chunked_cross_entropy(hidden[:64], head, targets[:64])
+    losses, grad = compiled.head_rows(hidden, table, targets, scale, softcap, 0.37, True)
+    assert float(alone) == float(losses[:64].sum()), "a row's loss does not depend on the others"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        again = compiled.head_rows(hidden, table, targets, scale, softcap, 0.37, True)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(losses, again[0]), "threads change nothing"
+    assert torch.equal(grad, again[1])
+
+
+@needs_tiles
+def test_the_heads_rows_keep_what_is_not_a_number_and_refuse_targets_beyond() -> None:
+    table, hidden = torch.randn(320, 64).bfloat16(), torch.randn(70, 64).bfloat16()
+    targets = torch.arange(70)
+    hidden[3, 5] = float("nan")
+    losses, grad = compiled.head_rows(hidden, table, targets, 1.0, None, 1.0, True)
+    assert losses.isnan().nonzero().view(-1).tolist() == [3]
+    assert grad.isnan().any(1).nonzero().view(-1).tolist() == [3]
+    hidden[3, 5] = 0
+    with pytest.raises(IndexError, match="beyond the 320"):
+        compiled.head_rows(hidden, table, targets + 251, 1.0, None, 1.0, True)
+    hidden[4] = 1000 * table[4]  # others' exponentials are far below the smallest number
+    losses, grad = compiled.head_rows(hidden, table, targets, 1.0, None, 1.0, True)
+    assert losses.isfinite().all()
+    assert grad.isfinite().all()
+    assert float(losses[4]) == 0

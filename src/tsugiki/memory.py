@@ -15,6 +15,7 @@ from torch import nn
 from tsugiki.config import RunConfig
 from tsugiki.kernels import loss, nf4, quantized
 from tsugiki.kernels.blocks import BLOCK, KEEP
+from tsugiki.kernels.products import FEW
 from tsugiki.models.spec import ModelSpec
 
 # Measured: what a process that trains holds beyond one that has read rows and config (libraries
@@ -162,9 +163,12 @@ def layer_bytes(shape: Shape, config: RunConfig, batch: Pass, width: int) -> int
     return batch.tokens * per_token
 
 
-def head_bytes(shape: Shape, batch: Pass, width: int) -> int:
-    """Logits of one chunk, its softmax block, and the hidden rows with their gradient."""
+def head_bytes(shape: Shape, batch: Pass, width: int, tiles: bool) -> int:
+    """Logits of one chunk, its softmax block, and the hidden rows with their gradient; with tiles
+    sums in fp32 and a copy of the rows instead of logits."""
     rows = max(1, batch.labelled)
+    if tiles and rows >= FEW:
+        return 6 * rows * shape.hidden * width
     pieces = max(1, -(-rows * shape.vocab // loss.CHUNK))
     chunk = -(-rows // pieces) * shape.vocab * width
     return chunk + 8 * max(loss.CACHED, shape.vocab) + 3 * rows * shape.hidden * width
@@ -172,7 +176,7 @@ def head_bytes(shape: Shape, batch: Pass, width: int) -> int:
 
 def predict(
     spec: ModelSpec, config: RunConfig, batch: Pass, held_out_tokens: int, width: int,
-    trainable: int, *, resident: int | None = None, int8: bool = False,
+    trainable: int, *, resident: int | None = None, int8: bool = False, tiles: bool = False,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes by part at the peak of a run.
 
@@ -183,16 +187,17 @@ def predict(
         trainable: parameters that will be trained.
         resident: what the process holds before weights are loaded; asked of the system when None.
         int8: frozen products are int8, and proven against fp32.
+        tiles: the head's rows go over tile registers (kernels/loss.py).
     """
     shape = shape_of(spec)
     if resident is None:
         resident = int(psutil.Process().memory_info().rss)
     full = config.train.method == "full"
     quantize = config.model.quantize
-    kept, step = step_bytes(shape, config, batch, width)
+    kept, step = step_bytes(shape, config, batch, width, tiles)
     few = min(EVAL_TOKENS, held_out_tokens)
     looking = few * width * (3 * shape.inner + 6 * shape.hidden) + head_bytes(
-        shape, Pass(few, batch.longest, few), width
+        shape, Pass(few, batch.longest, few), width, tiles
     )
     proving = 0 if full else shape.block * 4 * width  # two copies and one of twice the width
     weights = weight_bytes(shape, quantize, width)
@@ -202,7 +207,7 @@ def predict(
         tokens = min(batch.tokens, max(batch.longest, proof_tokens(spec.parameters)))
         wide = Pass(tokens, batch.longest, min(batch.labelled, tokens))
         # gradients in fp32 of both, and B as it was
-        proving = max(proving, step_bytes(shape, config, wide, 4)[1] + 12 * trainable)
+        proving = max(proving, step_bytes(shape, config, wide, 4, False)[1] + 12 * trainable)
     return {
         "process": resident + LATE_BYTES,
         "weights": weights + workspace_bytes(shape, quantize, width),
@@ -213,10 +218,12 @@ def predict(
     }
 
 
-def step_bytes(shape: Shape, config: RunConfig, batch: Pass, width: int) -> tuple[int, int]:
+def step_bytes(
+    shape: Shape, config: RunConfig, batch: Pass, width: int, tiles: bool
+) -> tuple[int, int]:
     """What all layers keep for the backward pass, and that with what passes by at the peak."""
     one = layer_bytes(shape, config, batch, width)
-    head = head_bytes(shape, batch, width)
+    head = head_bytes(shape, batch, width, tiles)
     if config.train.method == "full":  # plain modules and whole logits
         wide = 12 * shape.hidden + 6 * shape.key + 3 * shape.wide
         one = batch.tokens * (width * wide + 16 * shape.hidden)

@@ -1,9 +1,10 @@
 """Cross entropy of the head's rows in chunks: no logits and no probabilities are kept.
 
 The gradient with respect to the hidden rows is computed in the forward pass, chunk by chunk, so
-memory is one chunk's logits and time is one product each way. Only rows that carry a label should
-come here. (The idea is that of Wijmans et al. 2024, arXiv:2411.09009, and Liger's fused linear
-cross entropy, arXiv:2410.10989.) Knows no model.
+memory is one chunk's logits and time is one product each way; on tile registers a chunk is a few
+hundred words and stays in a core's cache. Only rows that carry a label should come here. (The
+idea is that of Wijmans et al. 2024, arXiv:2411.09009, and Liger's fused linear cross entropy,
+arXiv:2410.10989.) Knows no model.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsugiki.kernels.backend import bodies
-from tsugiki.kernels.linear import FrozenWeight
+from tsugiki.kernels.backend import bodies, compiled_bodies
+from tsugiki.kernels.linear import DenseWeight, FrozenWeight
+from tsugiki.kernels.products import FEW, STEP
 
 CHUNK = 80_000_000  # logits of one chunk: enough rows for a full-speed product
 GPU_CHUNK = 1 << 28  # the same on a GPU: 2,000 rows of the largest vocabularies, 512 MB
@@ -69,6 +71,16 @@ class _Chunked(torch.autograd.Function):
         rows, vocab = hidden.shape[0], head.weight.shape[0]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
+        fused = _tiles(hidden, head)
+        if fused is not None:
+            matrix = head.weight.dense()
+            losses, grad = fused.head_rows(
+                hidden, matrix, targets, head.scale, head.softcap, factor, needs
+            )
+            if needs:
+                ctx.save_for_backward(grad)
+            total += losses.sum()
+            return total * factor
         grad = torch.empty_like(hidden) if needs else None
         on_cpu = hidden.device.type == "cpu"
         pieces = max(1, -(-rows * vocab // (CHUNK if on_cpu else GPU_CHUNK)))
@@ -93,6 +105,18 @@ class _Chunked(torch.autograd.Function):
         (grad,) = ctx.saved_tensors
         # in fp32: a factor rounded to bf16 would bend every gradient alike
         return (grad.to(grads[0].dtype) * grads[0]).to(grad.dtype), None, None, None, None
+
+
+def _tiles(hidden: Tensor, head: Head) -> Any:
+    """The compiled head on tile registers, where it takes these rows."""
+    weight = head.weight
+    if not isinstance(weight, DenseWeight) or weight.bias is not None or head.scale <= 0:
+        return None
+    matrix = weight.dense()
+    suits = hidden.dtype == matrix.dtype == torch.bfloat16 and matrix.stride(1) == 1
+    if not suits or len(hidden) < FEW or 2 * hidden.shape[1] % STEP:
+        return None
+    return compiled_bodies(hidden, "tiles")
 
 
 def _softmax(

@@ -19,6 +19,7 @@ from tsugiki.kernels.loss import Head, chunked_cross_entropy
 from tsugiki.models.closeness import UNSEEN, compare
 from tsugiki.models.tuned import part_of
 
+ROWS = 72  # hidden rows: enough for what is taken for many
 HEAD_ROWS = 509  # of the vocabulary: how logits are made does not depend on how many there are
 
 
@@ -46,8 +47,8 @@ def prove_head(model: nn.Module) -> tuple[tuple[float, float | None] | None, str
     table = weight.rows(rows).detach()
     bias = None if weight.bias is None else weight.bias[rows].detach()
     generator = torch.Generator().manual_seed(3)
-    hidden = torch.randn(1, 24, table.shape[1], generator=generator).to(table)
-    targets = torch.randint(0, len(rows), (24,), generator=generator).to(rows.device)
+    hidden = torch.randn(1, ROWS, table.shape[1], generator=generator).to(table)
+    targets = torch.randint(0, len(rows), (ROWS,), generator=generator).to(rows.device)
 
     def own(dtype: torch.dtype) -> list[Tensor]:
         leaf = hidden.to(dtype).requires_grad_()

@@ -103,9 +103,7 @@ def softmax_rows(
     """−log p(target) a row (n,), fp32; with `needs`, logits (n, V) become factor · d loss / d W·h
     but for the targets' entries (n, 1), which come apart, and are zero there."""
     assert logits.is_contiguous()
-    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
-        raise IndexError(f"a target beyond the {logits.shape[1]} rows of the head")
-    targets = targets.to(torch.int64).contiguous()
+    targets = _checked(targets, logits.shape[1])
     losses = torch.empty(len(targets))
     own = torch.empty(len(targets), 1)
     cap = softcap or 0.0
@@ -114,6 +112,34 @@ def softmax_rows(
         int(needs),
     )  # fmt: skip
     return losses, own if needs else None
+
+
+def head_rows(
+    x: Tensor,
+    matrix: Tensor,
+    targets: Tensor,
+    scale: float,
+    softcap: float | None,
+    factor: float,
+    needs: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """−log p(target) a row (n,), fp32, of hidden rows (n, k) and the head's matrix (V, k), bf16;
+    with `needs`, factor · d loss / dx (n, k) too. On tile registers; k in 32s, scale above 0."""
+    targets = _checked(targets, len(matrix))
+    losses = torch.empty(len(targets))
+    grad = torch.empty(x.shape, dtype=x.dtype) if needs else None
+    x, cap = _along_rows(x), float(softcap or 0)
+    done = _call("head_rows", x, x, matrix, targets, losses, grad, *x.shape, len(matrix),
+                 x.stride(0), matrix.stride(0), float(scale), cap, float(factor))  # fmt: skip
+    if not done:
+        raise MemoryError(f"no memory for the tiles of a head of {len(matrix)} rows")
+    return losses, grad
+
+
+def _checked(targets: Tensor, vocab: int) -> Tensor:
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
+        raise IndexError(f"a target beyond the {vocab} rows of the head")
+    return targets.to(torch.int64).contiguous()
 
 
 def norm_rows(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:

@@ -8,112 +8,14 @@
 // hint that they will not be needed again), each block is one register load a multiplication, and
 // finished sums are rounded and written while the tiles work on the next ones. Knows no torch.
 
-#include "numbers.hpp"
-
-#if defined(__linux__) && defined(__AMX_INT8__) && defined(__AMX_BF16__) && \
-    defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512BF16__)
-#define TILES 1
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
-#include <algorithm>
-#include <cstdlib>
+#include "tiles.hpp"
 
 #ifdef TILES
 namespace {
 
-constexpr int64_t SIDE = 32;      // rows and columns of one register block: 2 × 2 tiles
-constexpr int64_t DEPTH = 64;     // bytes of K in a tile's row
-constexpr int64_t TILE = 1024;    // bytes
-constexpr int64_t MOST_K = 1280;  // bytes of K in one pass: 32 rows of x fit into the first cache
 constexpr int64_t MOST_N = 512;   // columns of a block
 constexpr int64_t MOST_M = 1024;  // rows of a block
 constexpr int64_t ROOM = 1 << 20; // bytes of a block's tiles at a time: half of the second cache
-
-struct alignas(64) Shape {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// The first so many of 16.
-inline __mmask16 first(int64_t count) {
-    return count >= 16 ? 0xffff : count <= 0 ? 0 : uint16_t((1u << count) - 1);
-}
-
-// 16 rows of 16 dwords, transposed.
-inline void transpose(const __m512i* in, __m512i* out) {
-    __m512i a[16], b[16];
-    for (int i = 0; i < 8; ++i) {
-        a[2 * i] = _mm512_unpacklo_epi32(in[2 * i], in[2 * i + 1]);
-        a[2 * i + 1] = _mm512_unpackhi_epi32(in[2 * i], in[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-        b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        a[i] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
-        a[i + 4] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
-        a[i + 8] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
-        a[i + 12] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; ++i) {
-        out[i] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
-        out[i + 4] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88);
-        out[i + 8] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
-        out[i + 12] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd);
-    }
-}
-
-// One tile of W from its rows (n, k): dwords of K become rows of the tile.
-template <class E>
-inline void lay_rows(const E* w, int64_t stride, int64_t rows, char* tile) {
-    __m512i in[16], out[16];
-    for (int64_t i = 0; i < 16; ++i)
-        in[i] = i < rows ? _mm512_loadu_si512(w + i * stride) : _mm512_setzero_si512();
-    transpose(in, out);
-    for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + 64 * i, out[i]);
-}
-
-inline __m512i widened(const int8_t* w, __mmask16 mask) {
-    return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w));
-}
-inline __m512i widened(const bfloat* w, __mmask16 mask) {
-    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, w));
-}
-
-// One tile from rows (k, n): entries of four rows of bytes, or two of bfloats, side by side.
-template <class E>
-inline void lay_columns(const E* w, int64_t stride, int64_t columns, char* tile) {
-    const __mmask16 mask = first(columns);
-    for (int64_t i = 0; i < 16; ++i) {
-        __m512i all = widened(w, mask);
-        w += stride;
-#pragma GCC unroll 3
-        for (unsigned j = sizeof(E); j < 4; j += sizeof(E), w += stride)
-            all = _mm512_or_si512(all, _mm512_slli_epi32(widened(w, mask), 8 * j));
-        _mm512_store_si512(tile + 64 * i, all);
-    }
-}
-
-inline void multiply_tiles(const int8_t*) {
-    _tile_dpbssd(0, 4, 6);
-    _tile_dpbssd(1, 4, 7);
-    _tile_dpbssd(2, 5, 6);
-    _tile_dpbssd(3, 5, 7);
-}
-
-inline void multiply_tiles(const bfloat*) {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-}
 
 inline __m512 real(const int8_t*, const char* sums) {
     return _mm512_cvtepi32_ps(_mm512_load_si512(sums));
@@ -149,12 +51,12 @@ inline void put_row(float* at, __m512 low, __m512 high, __mmask32 mask, bool add
 // y (m, n) = x (m, k) · W, times rows · columns, + bias; strides in entries; none of m, n, k is zero.
 template <class E, class Y>
 struct Product {
-    const E *x, *w;
+    const E* x;
+    Stored<E> w;
     const float *rows, *columns, *bias;  // scales of x's rows and W's columns; each may lack
     Y* y;
-    int64_t m, n, k, xs, ws, ys;
-    bool across;  // W is stored (k, n)
-    bool add;     // to what is in y
+    int64_t m, n, k, xs, ys;
+    bool add;  // to what is in y
 };
 
 // Finished sums of 32 rows and columns on their way into y, a few rows at a time.
@@ -194,67 +96,6 @@ struct Ending {
     }
 };
 
-// Tiles of W's columns from `left` on and of K from `at` to `end`, panel after panel.
-template <class E, class Y>
-void lay_block(const Product<E, Y>& p, int64_t left, int64_t panels, int64_t at, int64_t end,
-               char* tile) {
-    for (int64_t column = left; column < left + panels * SIDE; column += SIDE)
-        for (int64_t k = at; k < end; k += DEPTH / int64_t(sizeof(E)))
-            for (int64_t half = column; half < column + SIDE; half += 16, tile += TILE) {
-                const int64_t count = p.n - half, from = count > 0 ? half : 0;
-                if (p.across)
-                    lay_columns(p.w + k * p.ws + from, p.ws, count, tile);
-                else
-                    lay_rows(p.w + from * p.ws + k, p.ws, count, tile);
-            }
-}
-
-// to (32, 32) = sums + x (32, depth) · tiles, while an earlier block is written.
-template <class E, class Y>
-void multiply(const E* rows, int64_t stride, const char* tile, int64_t depth, const char* sums,
-              char* to, Ending<E, Y>& ending) {
-    if (sums) {
-        _tile_loadd(0, sums, 64);
-        _tile_loadd(1, sums + TILE, 64);
-        _tile_loadd(2, sums + 2 * TILE, 64);
-        _tile_loadd(3, sums + 3 * TILE, 64);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    const char* x = reinterpret_cast<const char*>(rows);
-    const int64_t share = (SIDE * DEPTH + depth - 1) / depth;
-    for (int64_t at = 0; at < depth; at += DEPTH, tile += 2 * TILE) {
-        _tile_loadd(4, x + at, stride);
-        _tile_stream_loadd(6, tile, 64);
-        _tile_loadd(5, x + at + 16 * stride, stride);
-        _tile_stream_loadd(7, tile + TILE, 64);
-        multiply_tiles(rows);
-        ending.write(share);
-    }
-    _tile_stored(0, to, 64);
-    _tile_stored(1, to + TILE, 64);
-    _tile_stored(2, to + 2 * TILE, 64);
-    _tile_stored(3, to + 3 * TILE, 64);
-}
-
-struct Memory {
-    explicit Memory(int64_t bytes) : at(static_cast<char*>(std::aligned_alloc(64, bytes))) {}
-    ~Memory() { std::free(at); }
-    Memory(const Memory&) = delete;
-    char* at;
-};
-
-inline int64_t up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
-
-// Equal parts of `whole`, each a multiple of `unit` and about `most` at most.
-inline int64_t part(int64_t whole, int64_t most, int64_t unit) {
-    const int64_t count = std::max<int64_t>(1, (whole + most - 1) / most);
-    return up((whole + count - 1) / count, unit);
-}
-
 // Whether there was memory for it; y is partly written where not.
 template <class E, class Y>
 bool multiply_all(const Product<E, Y>& p, int threads) {
@@ -282,7 +123,7 @@ bool multiply_all(const Product<E, Y>& p, int threads) {
             for (int64_t from = 0; from < p.k; from += chunk) {
                 const int64_t to = std::min(from + chunk, p.k);
                 for (int64_t at = from; at < to; at += pass)
-                    lay_block(p, left, panels, at, std::min(at + pass, to),
+                    lay_block(p.w, left, panels, at, std::min(at + pass, to),
                               tiles.at + (at - from) * size * panels * SIDE);
                 for (int64_t top = start; top < stop; top += SIDE) {
                     const int64_t high = std::min(SIDE, stop - top);
@@ -340,8 +181,8 @@ int tiles_ready() {
     int NAME(const E* x, const E* w, const float* rows, const float* columns, const float* bias,  \
               Y* y, int64_t m, int64_t n, int64_t k, int64_t xs, int64_t ws, int64_t ys,          \
               int64_t across, int64_t add, int threads) {                                         \
-        return multiply_all(Product<E, Y>{x, w, rows, columns, bias, y, m, n, k, xs, ws, ys,      \
-                                          across != 0, add != 0},                                 \
+        return multiply_all(Product<E, Y>{x, {w, n, ws, across != 0}, rows, columns, bias, y, m,  \
+                                          n, k, xs, ys, add != 0},                                \
                             threads);                                                             \
     }
 MULTIPLY(multiply_bf16, bfloat, bfloat)

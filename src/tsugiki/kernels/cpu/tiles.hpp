@@ -1,0 +1,180 @@
+// What products on tile registers (Intel AMX) share: a matrix laid out for the tiles, and one block of
+// 32 rows times 32 columns in them. Knows no product and no torch.
+
+#pragma once
+
+#include "numbers.hpp"
+
+#if defined(__linux__) && defined(__AMX_INT8__) && defined(__AMX_BF16__) && \
+    defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512BF16__)
+#define TILES 1
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include <algorithm>
+#include <cstdlib>
+
+#ifdef TILES
+namespace {
+
+constexpr int64_t SIDE = 32;      // rows and columns of one register block: 2 × 2 tiles
+constexpr int64_t DEPTH = 64;     // bytes of K in a tile's row
+constexpr int64_t TILE = 1024;    // bytes
+constexpr int64_t MOST_K = 1280;  // bytes of K in one pass: 32 rows of x fit into the first cache
+
+struct alignas(64) Shape {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// The first so many of 16.
+inline __mmask16 first(int64_t count) {
+    return count >= 16 ? 0xffff : count <= 0 ? 0 : uint16_t((1u << count) - 1);
+}
+
+// 16 rows of 16 dwords, transposed.
+inline void transpose(const __m512i* in, __m512i* out) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 8; ++i) {
+        a[2 * i] = _mm512_unpacklo_epi32(in[2 * i], in[2 * i + 1]);
+        a[2 * i + 1] = _mm512_unpackhi_epi32(in[2 * i], in[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+        b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        a[i] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
+        a[i + 4] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
+        a[i + 8] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
+        a[i + 12] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+        out[i] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
+        out[i + 4] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88);
+        out[i + 8] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
+        out[i + 12] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd);
+    }
+}
+
+// One tile of W from its rows (n, k): dwords of K become rows of the tile.
+template <class E>
+inline void lay_rows(const E* w, int64_t stride, int64_t rows, char* tile) {
+    __m512i in[16], out[16];
+    for (int64_t i = 0; i < 16; ++i)
+        in[i] = i < rows ? _mm512_loadu_si512(w + i * stride) : _mm512_setzero_si512();
+    transpose(in, out);
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + 64 * i, out[i]);
+}
+
+inline __m512i widened(const int8_t* w, __mmask16 mask) {
+    return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w));
+}
+inline __m512i widened(const bfloat* w, __mmask16 mask) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, w));
+}
+
+// One tile from rows (k, n): entries of four rows of bytes, or two of bfloats, side by side.
+template <class E>
+inline void lay_columns(const E* w, int64_t stride, int64_t columns, char* tile) {
+    const __mmask16 mask = first(columns);
+    for (int64_t i = 0; i < 16; ++i) {
+        __m512i all = widened(w, mask);
+        w += stride;
+#pragma GCC unroll 3
+        for (unsigned j = sizeof(E); j < 4; j += sizeof(E), w += stride)
+            all = _mm512_or_si512(all, _mm512_slli_epi32(widened(w, mask), 8 * j));
+        _mm512_store_si512(tile + 64 * i, all);
+    }
+}
+
+// A matrix as it is stored: (n, k), or (k, n) where `across`; stride in entries.
+template <class E>
+struct Stored {
+    const E* at;
+    int64_t n, stride;
+    bool across;
+};
+
+// Tiles of its columns n from `left` on and of K from `from` to `end`, panel after panel.
+template <class E>
+void lay_block(const Stored<E>& w, int64_t left, int64_t panels, int64_t from, int64_t end,
+               char* tile) {
+    for (int64_t column = left; column < left + panels * SIDE; column += SIDE)
+        for (int64_t k = from; k < end; k += DEPTH / int64_t(sizeof(E)))
+            for (int64_t half = column; half < column + SIDE; half += 16, tile += TILE) {
+                const int64_t count = w.n - half, first = count > 0 ? half : 0;
+                if (w.across)
+                    lay_columns(w.at + k * w.stride + first, w.stride, count, tile);
+                else
+                    lay_rows(w.at + first * w.stride + k, w.stride, count, tile);
+            }
+}
+
+inline void multiply_tiles(const int8_t*) {
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+}
+
+inline void multiply_tiles(const bfloat*) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+}
+
+// to (32, 32) = sums + x (32, depth) · tiles; meanwhile something else is written, by rows.
+template <class E, class Meanwhile>
+void multiply(const E* rows, int64_t stride, const char* tile, int64_t depth, const char* sums,
+              char* to, Meanwhile& meanwhile) {
+    if (sums) {
+        _tile_loadd(0, sums, 64);
+        _tile_loadd(1, sums + TILE, 64);
+        _tile_loadd(2, sums + 2 * TILE, 64);
+        _tile_loadd(3, sums + 3 * TILE, 64);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    const char* x = reinterpret_cast<const char*>(rows);
+    const int64_t share = (SIDE * DEPTH + depth - 1) / depth;
+    for (int64_t at = 0; at < depth; at += DEPTH, tile += 2 * TILE) {
+        _tile_loadd(4, x + at, stride);
+        _tile_stream_loadd(6, tile, 64);
+        _tile_loadd(5, x + at + 16 * stride, stride);
+        _tile_stream_loadd(7, tile + TILE, 64);
+        multiply_tiles(rows);
+        meanwhile.write(share);
+    }
+    _tile_stored(0, to, 64);
+    _tile_stored(1, to + TILE, 64);
+    _tile_stored(2, to + 2 * TILE, 64);
+    _tile_stored(3, to + 3 * TILE, 64);
+}
+
+struct Memory {
+    explicit Memory(int64_t bytes) : at(static_cast<char*>(std::aligned_alloc(64, bytes))) {}
+    ~Memory() { std::free(at); }
+    Memory(const Memory&) = delete;
+    char* at;
+};
+
+inline int64_t up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+// Equal parts of `whole`, each a multiple of `unit` and about `most` at most.
+inline int64_t part(int64_t whole, int64_t most, int64_t unit) {
+    const int64_t count = std::max<int64_t>(1, (whole + most - 1) / most);
+    return up((whole + count - 1) / count, unit);
+}
+
+}  // namespace
+#endif
