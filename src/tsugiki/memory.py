@@ -16,6 +16,7 @@ from tsugiki.config import RunConfig
 from tsugiki.kernels import loss, nf4, quantized
 from tsugiki.kernels.blocks import BLOCK, KEEP
 from tsugiki.kernels.products import FEW
+from tsugiki.kernels.tile_attention import SIDE
 from tsugiki.models.spec import ModelSpec
 
 # Measured: what a process that trains holds beyond one that has read rows and config (libraries
@@ -148,7 +149,7 @@ def proof_tokens(parameters: int) -> int:
     return max(PROOF_TOKENS, PROOF_WORK // parameters)
 
 
-def layer_bytes(shape: Shape, config: RunConfig, batch: Pass, width: int) -> int:
+def layer_bytes(shape: Shape, config: RunConfig, batch: Pass, width: int, tiles: bool) -> int:
     """What one layer keeps for the backward pass."""
     ranks = config.lora.r * 7
     per_token = width * (
@@ -158,7 +159,9 @@ def layer_bytes(shape: Shape, config: RunConfig, batch: Pass, width: int) -> int
         + shape.wide
         + ranks
     )  # fmt: skip
-    if batch.longest <= KEEP:  # probabilities of blocks of queries
+    if tiles and shape.query // shape.heads % SIDE == 0:
+        per_token += 4 * shape.heads  # one number a query
+    elif batch.longest <= KEEP:  # probabilities of blocks of queries
         per_token += width * shape.heads * (min(batch.longest, batch.longest // 2 + BLOCK // 2))
     return batch.tokens * per_token
 
@@ -187,7 +190,7 @@ def predict(
         trainable: parameters that will be trained.
         resident: what the process holds before weights are loaded; asked of the system when None.
         int8: frozen products are int8, and proven against fp32.
-        tiles: the head's rows go over tile registers (kernels/loss.py).
+        tiles: attention and the head go over tile registers, and keep less.
     """
     shape = shape_of(spec)
     if resident is None:
@@ -222,7 +225,7 @@ def step_bytes(
     shape: Shape, config: RunConfig, batch: Pass, width: int, tiles: bool
 ) -> tuple[int, int]:
     """What all layers keep for the backward pass, and that with what passes by at the peak."""
-    one = layer_bytes(shape, config, batch, width)
+    one = layer_bytes(shape, config, batch, width, tiles)
     head = head_bytes(shape, batch, width, tiles)
     if config.train.method == "full":  # plain modules and whole logits
         wide = 12 * shape.hidden + 6 * shape.key + 3 * shape.wide

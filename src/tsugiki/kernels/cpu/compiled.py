@@ -136,6 +136,62 @@ def head_rows(
     return losses, grad
 
 
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of documents, bf16, on tile registers: q (H, T, d), k and v (Hkv, T, d), d
+    in 32s, lengths (n,) int64 → (T, H, d), and log Σ e^score (H, T) for the way back."""
+    heads, tokens, width = q.shape
+    out, norms = q.new_empty(tokens, heads, width), torch.empty(heads, tokens)
+    asked = _attention(q, k, v, lengths, scale, window, softcap)
+    if not _call("attend", q, *asked, out, norms):
+        raise MemoryError(f"no memory for the tiles of attention over {int(lengths.max())} tokens")
+    return out, norms
+
+
+def attend_back(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    *,
+    out: Tensor,
+    norms: Tensor,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq (T, H, d), dk and dv (T, Hkv, d) of grad (T, H, d)."""
+    assert grad.is_contiguous()
+    heads, tokens, width = q.shape
+    grad_q = torch.empty_like(out)
+    grad_k, grad_v = (out.new_empty(tokens, k.shape[0], width) for _ in range(2))
+    parts = torch.empty(2, heads, tokens, width)
+    asked = _attention(q, k, v, lengths, scale, window, softcap)
+    given = (out, grad, norms, grad_q, grad_k, grad_v, parts[0], parts[1])
+    if not _call("attend_back", q, *asked, *given):
+        raise MemoryError(f"no memory for the tiles of attention over {int(lengths.max())} tokens")
+    return grad_q, grad_k, grad_v
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, window: int | None,
+    softcap: float | None,
+) -> list[Argument]:  # fmt: skip
+    heads, tokens, width = q.shape
+    assert int(lengths.sum()) == tokens
+    strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
+    return [q, k, v, lengths, len(lengths), heads, k.shape[0], width, tokens, *strides,
+            float(scale), float(softcap or 0), window or 0]  # fmt: skip
+
+
 def _checked(targets: Tensor, vocab: int) -> Tensor:
     if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
         raise IndexError(f"a target beyond the {vocab} rows of the head")

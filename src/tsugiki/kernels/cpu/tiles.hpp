@@ -161,6 +161,30 @@ void multiply(const E* rows, int64_t stride, const char* tile, int64_t depth, co
     _tile_stored(3, to + 3 * TILE, 64);
 }
 
+// 16 sums of a row among those of a strip of 32 rows, panel after panel of 32 columns.
+inline float* piece(char* strip, int64_t row, int64_t column) {
+    return reinterpret_cast<float*>(strip + column / SIDE * 4 * TILE + row / 16 * 2 * TILE +
+                                    column % SIDE / 16 * TILE + row % 16 * 64);
+}
+
+// e^x as in numbers.hpp, for x up to zero; not a number stays one.
+inline __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-80.0f), x);
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    for (const float term : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
+                             1.6666665459e-1f, 5.0000001201e-1f, 1.0f, 1.0f})
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(term));
+    return _mm512_scalef_ps(p, n);
+}
+
+// For products that nothing else goes on beside.
+struct Nothing {
+    void write(int64_t) {}
+};
+
 struct Memory {
     explicit Memory(int64_t bytes) : at(static_cast<char*>(std::aligned_alloc(64, bytes))) {}
     ~Memory() { std::free(at); }

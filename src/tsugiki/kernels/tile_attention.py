@@ -1,0 +1,88 @@
+"""Attention of packed documents on a CPU's tile registers, without a matrix of scores in memory.
+
+What is kept for the way back are its inputs, its output and one number a query. Documents are rows
+of the flat batch: nothing is padded or gathered. Knows no cache and no sinks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tsugiki.kernels.backend import compiled_bodies
+from tsugiki.kernels.cpu import compiled
+
+SIDE = 32  # entries of a head come in so many
+WIDEST = 256  # of a head: a block of queries and what belongs to it stay in a core's cache
+
+
+def tiles_attend(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the tiles take these: bf16, heads of one width that they divide into."""
+    width = q.shape[-1]
+    return (
+        q.dtype == k.dtype == v.dtype == torch.bfloat16
+        and width == k.shape[-1] == v.shape[-1]
+        and width % SIDE == 0
+        and width <= WIDEST
+        and compiled_bodies(q, "tiles") is not None
+    )
+
+
+def tile_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Each token over itself and before, within its document.
+
+    Args:
+        q: (1, H, T, d).
+        k, v: (1, Hkv, T, d); Hkv divides H.
+        lengths: of the documents, T in all.
+        scale: factor on q·k.
+        window: a token sees itself and window - 1 tokens before it.
+        softcap: c·tanh(x / c) on the scores.
+
+    Returns:
+        (1, T, H, d)
+
+    Raises:
+        MemoryError: no memory for one document's keys and values.
+    """
+    out = _Tiles.apply(q, k, v, torch.tensor(lengths), scale, window, softcap)  # type: ignore[no-untyped-call]
+    assert isinstance(out, Tensor)
+    return out
+
+
+class _Tiles(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+        ctx.how = (lengths, scale, window, softcap)
+        out, norms = compiled.attend(q[0], k[0], v[0], *ctx.how)
+        ctx.save_for_backward(q, k, v, out, norms)
+        return out[None]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, norms = ctx.saved_tensors
+        found = compiled.attend_back(
+            q[0], k[0], v[0], *ctx.how, out=out, norms=norms, grad=grads[0][0].contiguous()
+        )
+        return (*(x.transpose(0, 1)[None] for x in found), None, None, None, None)

@@ -1,0 +1,155 @@
+"""Attention on tile registers against documents one after the other in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tsugiki.kernels import attention, backend
+from tsugiki.kernels.attention import packed_attention, reference_attention
+from tsugiki.kernels.batch import ForwardBatch
+from tsugiki.kernels.cpu import compiled
+from tsugiki.kernels.tile_attention import tiles_attend
+
+pytestmark = pytest.mark.skipif(
+    not compiled.tiles(), reason="this CPU has no tile registers (Intel AMX), or no compiler"
+)
+CASES = [
+    # heads, of keys, width, documents, window, softcap
+    (2, 2, 64, (32,), None, None),
+    (4, 2, 64, (40, 7, 130), None, None),
+    (4, 1, 32, (300, 1, 129), None, None),
+    (4, 2, 96, (257, 64), 50, None),
+    (2, 1, 128, (400,), 130, 8.0),
+    (3, 3, 256, (100, 200), None, 5.0),
+    (2, 1, 64, (33, 129, 31), 1, None),
+    (2, 2, 32, (260,), 128, None),
+]
+
+
+def draw(heads: int, tokens: int, width: int) -> Tensor:
+    """(1, H, T, d) as a layer gives it: tokens first in memory."""
+    return torch.randn(1, tokens, heads, width).bfloat16().transpose(1, 2)
+
+
+def numbers(
+    run: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor], grad: Tensor
+) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = run(leaves[0], leaves[1], leaves[2])
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+
+def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+
+
+@pytest.mark.parametrize(("heads", "keys", "width", "lengths", "window", "softcap"), CASES)
+def test_it_is_nearer_to_exact_than_plain_products(
+    monkeypatch: pytest.MonkeyPatch, heads: int, keys: int, width: int, lengths: tuple[int, ...],
+    window: int | None, softcap: float | None,
+) -> None:  # fmt: skip
+    torch.manual_seed(sum(lengths))
+    tokens, scale = sum(lengths), 1.5 * width**-0.5
+    inputs = [draw(h, tokens, width) for h in (heads, keys, keys)]
+    grad = torch.randn(1, tokens, heads, width).bfloat16()
+    assert tiles_attend(*inputs), "the tiles are what is tested"
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_attention(
+            q, k, v, ForwardBatch(lengths), scale=scale, window=window, softcap=softcap
+        )
+
+    def exactly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference_attention(
+            q, k, v, lengths, scale=scale, window=window, softcap=softcap
+        )  # fmt: skip
+
+    exact = numbers(exactly, [x.double() for x in inputs], grad)
+    found = numbers(run, inputs, grad)
+    with torch.no_grad():
+        assert torch.equal(run(*inputs), found[0]), "training and evaluation agree"
+    monkeypatch.setattr(attention, "tiles_attend", lambda *_: False)
+    plain = numbers(run, inputs, grad)
+    for name, ours, theirs in zip(
+        ("out", "q", "k", "v"), errors(found, exact), errors(plain, exact), strict=True
+    ):
+        # window 1: each token sees itself alone, so scores have no gradient but rounding
+        assert ours <= 1.05 * theirs or (window == 1 and name in "qk"), name
+
+
+def test_threads_and_neighbours_change_nothing() -> None:
+    torch.manual_seed(0)
+    lengths = (70, 200, 5)
+    q, k, v = (draw(h, sum(lengths), 64) for h in (4, 2, 2))
+    grad = torch.randn(1, sum(lengths), 4, 64).bfloat16()
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_attention(q, k, v, ForwardBatch(lengths), scale=0.2)
+
+    found = numbers(run, [q, k, v], grad)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        again = numbers(run, [q, k, v], grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    part = slice(70, 270)
+    alone = numbers(
+        lambda q, k, v: packed_attention(q, k, v, ForwardBatch((200,)), scale=0.2),
+        [x[:, :, part] for x in (q, k, v)], grad[:, part],
+    )  # fmt: skip
+    assert torch.equal(alone[0], found[0][:, part]), "a document does not see its neighbours"
+    for one, two in zip(alone[1:], found[1:], strict=True):
+        assert torch.equal(one, two[:, :, part])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 150), min_size=1, max_size=5).map(tuple),
+    window=st.one_of(st.none(), st.integers(1, 200)),
+    groups=st.sampled_from([(2, 1), (3, 3), (6, 2)]),
+)
+def test_any_lengths_and_windows(
+    lengths: tuple[int, ...], window: int | None, groups: tuple[int, int]
+) -> None:
+    torch.manual_seed(len(lengths))
+    tokens = sum(lengths)
+    q, k, v = draw(groups[0], tokens, 32), draw(groups[1], tokens, 32), draw(groups[1], tokens, 32)
+    out = packed_attention(q, k, v, ForwardBatch(lengths), scale=0.2, window=window)
+    exact = reference_attention(
+        q.double(), k.double(), v.double(), lengths, scale=0.2, window=window
+    )
+    assert errors([out], [exact])[0] < 0.004
+
+
+def test_what_is_not_a_number_stays_one_and_stays_in_its_document() -> None:
+    torch.manual_seed(1)
+    q, k, v = (draw(2, 100, 32) for _ in range(3))
+    k[0, 0, 10] = float("nan")
+    out = packed_attention(q, k, v, ForwardBatch((60, 40)), scale=0.2)
+    lost = out.isnan().any(-1)[0]
+    assert lost[10:60, 0].all()
+    assert not lost[:10].any()
+    assert not lost[:, 1].any()
+    assert not lost[60:].any()
+
+
+def test_other_widths_and_types_go_elsewhere() -> None:
+    q = draw(2, 40, 48)
+    assert not tiles_attend(q, q, q), "48 is no multiple of 32"
+    assert not tiles_attend(q.float(), q.float(), q.float())
+    out = packed_attention(q, q, q, ForwardBatch((40,)), scale=0.2)
+    assert out.isfinite().all()
+    q = draw(2, 40, 64)
+    backend.hold_plain(["tiles"])
+    try:
+        assert not tiles_attend(q, q, q), "a run that began without tiles goes on without"
+    finally:
+        backend.hold_plain([])
