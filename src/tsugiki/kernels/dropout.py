@@ -59,6 +59,15 @@ def add_dropped(onto: Tensor, x: Tensor, rate: float, seed: int, scale: float = 
     return onto
 
 
+def bits_of(rate: float, seed: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor, int] | None:
+    """The mask of a (T, k) tensor, k in 16s, as bits: the table, each part's place in it in
+    entries, and the rows of a part. None where a row is wider than the table."""
+    places = [at for _, at in _places(shape, seed)]
+    if any(at is None for at in places):
+        return None
+    return _bits(rate), torch.tensor(places), _rows_of_a_part(shape[1])
+
+
 def _fused(x: Tensor, out: Tensor) -> Any:
     contiguous = x.is_contiguous() and out.is_contiguous()
     return compiled_bodies(x, "dropout") if contiguous else None
@@ -66,16 +75,23 @@ def _fused(x: Tensor, out: Tensor) -> Any:
 
 def _parts(x: Tensor, seed: int) -> Iterator[tuple[Tensor, int | None, slice]]:
     """Rows that share one place in the table, the place, and which rows; None: wider than it."""
-    width = x.shape[1]
-    # half a table at most, so that at least half of the offsets remain
-    rows = max(1, min(SIZE // 2, 1 << 20) // width)
-    for number, begin in enumerate(range(0, x.shape[0], rows)):
-        part = x[begin : begin + rows]
-        count = part.numel()
-        at = None
+    for rows, at in _places((x.shape[0], x.shape[1]), seed):
+        yield x[rows], at, rows
+
+
+def _places(shape: tuple[int, int], seed: int) -> Iterator[tuple[slice, int | None]]:
+    rows = _rows_of_a_part(shape[1])
+    for number, begin in enumerate(range(0, shape[0], rows)):
+        end = min(begin + rows, shape[0])
+        count, at = (end - begin) * shape[1], None
         if count <= SIZE - ALIGN:
             at = _mixed(seed + number) % ((SIZE - count) // ALIGN) * ALIGN
-        yield part, at, slice(begin, begin + rows)
+        yield slice(begin, end), at
+
+
+def _rows_of_a_part(width: int) -> int:
+    """Half a table at most, so that at least half of the offsets remain."""
+    return max(1, min(SIZE // 2, 1 << 20) // width)
 
 
 def _mask(part: Tensor, at: int | None, rate: float) -> Tensor:

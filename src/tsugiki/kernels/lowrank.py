@@ -1,16 +1,22 @@
 """The thin products of a low-rank term, dropout on their wide operand included.
 
-Plain bodies, and the choice of Triton's. A mask is a function of (rate, seed, shape) within a
+Plain bodies, and the choice of those that read the wide operand once: Triton's, and a CPU's on tile
+registers. A mask is a function of (rate, seed, shape) within a
 device's bodies, so the backward pass finds the forward's. Knows no adapters.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from tsugiki.kernels.backend import triton_runs
-from tsugiki.kernels.dropout import add_dropped, dropped
+from tsugiki.kernels.backend import compiled_bodies, triton_runs
+from tsugiki.kernels.dropout import add_dropped, bits_of, dropped
+from tsugiki.kernels.products import FEW
+
+STEP = 32  # entries: the width of a tile
 
 
 def shrink(x: Tensor, a: Tensor, rate: float = 0.0, seed: int = 0) -> Tensor:
@@ -19,6 +25,12 @@ def shrink(x: Tensor, a: Tensor, rate: float = 0.0, seed: int = 0) -> Tensor:
         from tsugiki.kernels.gpu import lowrank
 
         return lowrank.shrink(x, a, rate, seed)
+    tiles = _tiles(x, a, rate, seed)
+    if tiles is not None:
+        fused, bits = tiles
+        out = x.new_empty(x.shape[0], a.shape[0])
+        shrunk: Tensor = fused.shrink(x, a, 1 / (1 - rate), bits, out)
+        return shrunk
     return (x if rate == 0 else dropped(x, rate, seed)) @ a.T
 
 
@@ -30,6 +42,11 @@ def add_product(
         from tsugiki.kernels.gpu import lowrank
 
         return lowrank.add_product(onto, s, b, scale, rate, seed)
+    tiles = _tiles(onto, b, rate, seed)
+    if tiles is not None:
+        fused, bits = tiles
+        fused.expand(onto, s, b, scale / (1 - rate), bits)
+        return onto
     if rate == 0:
         return onto.addmm_(s, b.T, alpha=scale)
     part = s @ b.T
@@ -51,6 +68,12 @@ def pair_gradients(grad: Tensor, s: Tensor, b: Tensor, scale: float, out: Tensor
         from tsugiki.kernels.gpu import lowrank
 
         return lowrank.pair_gradients(grad, s, b, scale, out)
+    tiles = _tiles(grad, b)
+    if tiles is not None:
+        fused, _ = tiles
+        fused.shrink(grad, b.T, scale, None, out)
+        gathered: Tensor = fused.gather(grad, s, scale, None)
+        return gathered.T
     torch.mul(grad @ b, scale, out=out)
     # scaled in fp32: a scale that is no power of two would round once more
     return (grad.T @ s).to(torch.promote_types(grad.dtype, torch.float32)).mul_(scale)
@@ -62,4 +85,28 @@ def grad_of_a(grad_s: Tensor, x: Tensor, rate: float = 0.0, seed: int = 0) -> Te
         from tsugiki.kernels.gpu import lowrank
 
         return lowrank.grad_of_a(grad_s, x, rate, seed)
+    tiles = _tiles(x, grad_s, rate, seed)
+    if tiles is not None:
+        fused, bits = tiles
+        gathered: Tensor = fused.gather(x, grad_s, 1 / (1 - rate), bits)
+        return gathered
     return grad_s.T @ (x if rate == 0 else dropped(x, rate, seed))
+
+
+def _tiles(
+    wide: Tensor, thin: Tensor, rate: float = 0.0, seed: int = 0
+) -> tuple[Any, tuple[Tensor, Tensor, int] | None] | None:
+    """The compiled bodies on tile registers and the mask's bits, where they take these."""
+    rows, width = wide.shape
+    suits = (
+        wide.dtype == thin.dtype == torch.bfloat16
+        and rows >= FEW
+        and width % STEP == 0
+        and wide.stride(1) == 1
+        and 1 in thin.stride()
+    )
+    fused = compiled_bodies(wide, "tiles") if suits else None
+    if fused is None:
+        return None
+    bits = None if rate == 0 else bits_of(rate, seed, (rows, width))
+    return None if rate > 0 and bits is None else (fused, bits)

@@ -54,10 +54,9 @@ def _multiply(
     name: str, x: Tensor, matrix: Tensor, *rest: Tensor | None, y: Tensor, add: bool
 ) -> None:
     """matrix (n, K) lies along either dimension."""
-    across = matrix.stride(1) != 1
-    stored = matrix.T if across else matrix
+    stored, across = _stored(matrix)
     done = _call(name, y, x, stored, *rest, y, *y.shape, x.shape[1], x.stride(0),
-                 stored.stride(0), y.stride(0), int(across), int(add))  # fmt: skip
+                 stored.stride(0), y.stride(0), across, int(add))  # fmt: skip
     if not done:
         raise MemoryError(f"no memory for the tiles of a product with {tuple(y.shape)} results")
 
@@ -134,6 +133,57 @@ def head_rows(
     if not done:
         raise MemoryError(f"no memory for the tiles of a head of {len(matrix)} rows")
     return losses, grad
+
+
+Bits = tuple[Tensor, Tensor, int]
+
+
+def shrink(x: Tensor, a: Tensor, scale: float, bits: Bits | None, out: Tensor) -> Tensor:
+    """out (T, R) = scale · mask(x) · aᵀ on tile registers: x (T, k), k in 32s, a (R, k) along
+    either dimension, bits as `dropout.bits_of` gives them."""
+    stored, across = _stored(a)
+    _lowrank("shrink", x, stored, out, across=across, mask=bits, scale=scale, rank=len(a))
+    return out
+
+
+def expand(onto: Tensor, s: Tensor, b: Tensor, scale: float, bits: Bits | None) -> Tensor:
+    """onto (T, n) += scale · mask(s · bᵀ): s (T, R), b (n, R) along either dimension, n in 32s."""
+    stored, across = _stored(b)
+    _lowrank("expand", onto, s, stored, across=across, mask=bits, scale=scale, rank=s.shape[1])
+    return onto
+
+
+def gather(x: Tensor, s: Tensor, scale: float, bits: Bits | None) -> Tensor:
+    """scale · sᵀ · mask(x) (R, n), fp32: x (T, n), n in 32s, s (T, R)."""
+    out = torch.empty(s.shape[1], x.shape[1])
+    asked = _wide(x, s.shape[1], scale, bits)
+    if not _call("gather", x, x, s, out, x.stride(0), s.stride(0), *asked):
+        raise MemoryError(NO_ROOM)
+    return out
+
+
+NO_ROOM = "no memory for the tiles of a product with a low rank"
+
+
+def _lowrank(
+    name: str, wide: Tensor, *others: Tensor, across: int, mask: Bits | None, scale: float,
+    rank: int,
+) -> None:  # fmt: skip
+    strides = [x.stride(0) for x in (wide, *others)]
+    asked = _wide(wide, rank, scale, mask)
+    if not _call(name, wide, wide, *others, *strides, across, *asked):
+        raise MemoryError(NO_ROOM)
+
+
+def _wide(x: Tensor, rank: int, scale: float, bits: Bits | None) -> list[Argument]:
+    table, places, rows = bits or (None, None, 1)
+    return [*x.shape, rank, table, places, rows, float(scale)]
+
+
+def _stored(matrix: Tensor) -> tuple[Tensor, int]:
+    """As it lies in memory, and whether that is transposed."""
+    across = matrix.stride(1) != 1
+    return matrix.T if across else matrix, int(across)
 
 
 def attend(
