@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tsugiki.kernels import backend, loss, products
 from tsugiki.kernels.cpu import compiled
+from tsugiki.kernels.dropout import dropped
 from tsugiki.kernels.linear import DenseWeight
 
 needs_tiles = pytest.mark.skipif(
@@ -49,6 +50,44 @@ def test_a_product_is_as_near_to_fp64_as_torchs(
     plain = torch.addmm(onto, x, matrix.T)
     assert products.multiply_into(onto, x, matrix, add=True) is onto
     assert distance(onto, wanted) <= 1.01 * distance(plain, wanted)
+
+
+@needs_tiles
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("rows", "out", "width", "rank"), [(64, 64, 32, 1), (97, 96, 896, 16), (1100, 1056, 96, 40)]
+)
+@pytest.mark.parametrize("across", [False, True])
+def test_a_term_of_low_rank_is_within_the_product(
+    rows: int, out: int, width: int, rank: int, across: bool, rate: float
+) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    x, stored, s, b = (
+        torch.randn(n, k, generator=generator).bfloat16()
+        for n, k in ((rows, width), (out, width), (rows, rank), (out, rank))
+    )
+    if across:
+        stored, b = (m.T.contiguous().T for m in (stored, b))
+    bias = torch.randn(out, generator=generator).bfloat16()
+    term = products.LowRank(s, b, 0.7, rate, 5)
+    ones = torch.ones(rows, out).bfloat16()
+    mask = ones.double() if rate == 0 else (dropped(ones, rate, 5) > 0).double() / (1 - rate)
+    wanted = exact(x, stored) + 0.7 * mask * exact(s, b)
+    assert products._with_bits(term, ones) is not None, "within is what is tested"
+    got = products.multiply(x, stored, bias, term)
+    rounded = distance((wanted + bias.double()).bfloat16(), wanted + bias.double())
+    assert distance(got, wanted + bias.double()) <= 1.05 * rounded
+    onto = torch.randn(rows, out, generator=generator).bfloat16()
+    before = onto.double()
+    products.multiply_into(onto, x, stored, add=True, term=term)
+    assert distance(onto, before + wanted) <= 1.05 * rounded
+    plain = ones.clone()
+    backend.hold_plain(["tiles"])
+    try:
+        products.multiply_into(plain, x, stored, term=term)
+    finally:
+        backend.hold_plain([])
+    assert distance(plain, wanted) <= 4 * rounded, "the same mask without tiles"
 
 
 @needs_tiles
@@ -122,6 +161,7 @@ def test_no_memory_for_the_tiles_is_told() -> None:
     code = """
 import resource, torch
 from tsugiki.kernels.cpu import compiled
+from tsugiki.kernels.dropout import dropped
 torch.set_num_threads(1)
 assert compiled.tiles()
 x, matrix = torch.zeros(1024, 4096).bfloat16(), torch.zeros(512, 4096).bfloat16()

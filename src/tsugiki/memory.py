@@ -14,8 +14,8 @@ from torch import nn
 
 from tsugiki.config import RunConfig
 from tsugiki.kernels import loss, nf4, quantized
+from tsugiki.kernels.backend import FEW
 from tsugiki.kernels.blocks import BLOCK, KEEP
-from tsugiki.kernels.products import FEW
 from tsugiki.kernels.tile_attention import SIDE
 from tsugiki.models.spec import ModelSpec
 

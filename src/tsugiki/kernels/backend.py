@@ -25,8 +25,7 @@ FAMILIES = (
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Before compute capability 8 Triton multiplies without tensor cores, and spills what it holds.
 PRODUCTS = ("lowrank", "product", "nf4_product")
-
-
+FEW = 64  # rows: below, laying a matrix out for tile registers costs more than they save
 ON_CPU = ("norms", "activations", "loss", "dropout", "nf4", "int8", "tiles")
 
 _plain: set[str] = set()

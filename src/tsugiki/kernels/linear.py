@@ -19,7 +19,7 @@ from tsugiki.kernels.backend import triton_runs
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.kernels.dropout import draw_seed
 from tsugiki.kernels.lowrank import add_product, grad_of_a, pair_gradients, shrink
-from tsugiki.kernels.products import multiply, multiply_into
+from tsugiki.kernels.products import LowRank, multiply, multiply_into
 
 WIDE = 1 << 24  # weights widened at a time: 64 MB
 
@@ -257,6 +257,8 @@ def _with_term(x: Tensor, weight: FrozenWeight, s: Tensor, b: Tensor, scale: flo
         from tsugiki.kernels.gpu.product import product
 
         return product(x, weight.dense().T, bias=weight.bias, term=(s, b.T), scale=scale)
+    if isinstance(weight, DenseWeight):
+        return multiply(x, weight.dense(), weight.bias, LowRank(s, b, scale))
     return add_product(weight.matmul(x), s, b, scale)
 
 
@@ -312,6 +314,11 @@ def grad_input(
                 grad, weight.dense(), onto=grad_x, term=(grad_s, group.a),
                 rate=group.rate, seed=group.seed,
             )  # fmt: skip
+        elif isinstance(weight, DenseWeight):
+            add = grad_x is not None
+            onto = grad.new_empty(grad.shape[0], weight.shape[1]) if grad_x is None else grad_x
+            term = LowRank(grad_s, group.a.T, rate=group.rate, seed=group.seed)
+            grad_x = multiply_into(onto, grad, weight.dense().T, add=add, term=term)
         else:
             grad_x = weight.matmul_t(grad, grad_x)
             add_product(grad_x, grad_s, group.a.T, rate=group.rate, seed=group.seed)

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsugiki.kernels.backend import bodies, compiled_bodies
+from tsugiki.kernels.backend import FEW, bodies, compiled_bodies
 from tsugiki.kernels.linear import DenseWeight, FrozenWeight
-from tsugiki.kernels.products import FEW, STEP
+from tsugiki.kernels.products import STEP
 
 CHUNK = 80_000_000  # logits of one chunk: enough rows for a full-speed product
 GPU_CHUNK = 1 << 28  # the same on a GPU: 2,000 rows of the largest vocabularies, 512 MB

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsugiki.kernels.backend import compiled_bodies, triton_runs
+from tsugiki.kernels.backend import FEW, compiled_bodies, triton_runs
 from tsugiki.kernels.dropout import add_dropped, bits_of, dropped
-from tsugiki.kernels.products import FEW
 
 STEP = 32  # entries: the width of a tile
 

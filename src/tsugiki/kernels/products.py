@@ -1,48 +1,81 @@
 """Products with a frozen matrix: torch's, or compiled ones on a CPU with tile registers.
 
-Compiled ones read the matrix as it is stored and round each sum once, however many threads there
-are; torch's are taken for few rows, odd widths and whatever autograd must see. Knows no adapters.
+Compiled ones read the matrix as it is stored and round each sum once, a term of low rank included,
+however many threads there are; torch's are taken for few rows, odd widths and whatever autograd
+must see. Knows no adapters.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsugiki.kernels.backend import compiled_bodies
+from tsugiki.kernels.backend import FEW, compiled_bodies
+from tsugiki.kernels.dropout import bits_of
+from tsugiki.kernels.lowrank import add_product
 
-FEW = 64  # rows: below, laying out the matrix costs more than the tiles save
 DEEP = 8192  # of K: beyond, torch's products are as fast
 STEP = 64  # bytes: the depth of a tile; a matrix of other width is not taken
+WIDE = 32  # entries: the width of a block; a term of other width is added apart
 
 
-def multiply(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (…, K) · matrixᵀ (n, K) + bias (n,) → (…, n); seen by autograd where it records."""
-    if _tiles(x, matrix) is None:
+@dataclass(frozen=True)
+class LowRank:
+    """scale · dropout(s·bᵀ), which a product is added to: s (T, r), b (n, r)."""
+
+    s: Tensor
+    b: Tensor
+    scale: float = 1.0
+    rate: float = 0.0
+    seed: int = 0
+
+
+def multiply(
+    x: Tensor, matrix: Tensor, bias: Tensor | None = None, term: LowRank | None = None
+) -> Tensor:
+    """x (…, K) · matrixᵀ (n, K) + bias (n,) + term → (…, n); without a term seen by autograd."""
+    if term is None and _tiles(x, matrix) is None:
         return F.linear(x, matrix, bias)
     flat = x.reshape(-1, x.shape[-1])
     y = x.new_empty(flat.shape[0], matrix.shape[0])
-    return multiply_into(y, flat, matrix, bias).view(*x.shape[:-1], -1)
+    return multiply_into(y, flat, matrix, bias, term=term).view(*x.shape[:-1], -1)
 
 
 def multiply_into(
-    y: Tensor, x: Tensor, matrix: Tensor, bias: Tensor | None = None, *, add: bool = False
-) -> Tensor:
-    """y (T, n) = x (T, K) · matrixᵀ (n, K) + bias (n,), or added to y without a bias; in place and
-    not recorded by autograd."""
+    y: Tensor, x: Tensor, matrix: Tensor, bias: Tensor | None = None, *, add: bool = False,
+    term: LowRank | None = None,
+) -> Tensor:  # fmt: skip
+    """y (T, n) = x (T, K) · matrixᵀ (n, K) + bias (n,) + term, or added to y without a bias; in
+    place and not recorded by autograd."""
     fused = _tiles(x, matrix)
     if fused is not None:
-        fused.multiply(x, matrix, None if bias is None else bias.float(), y, add)
+        within = None if term is None else _with_bits(term, y)
+        fused.multiply(x, matrix, None if bias is None else bias.float(), y, add, within)
+        if within is not None:
+            return y
     elif add:
         y.addmm_(x, matrix.T)
     elif bias is None:
         torch.mm(x, matrix.T, out=y)
     else:
         torch.addmm(bias.to(x.dtype), x, matrix.T, out=y)
+    if term is not None:
+        add_product(y, term.s, term.b, term.scale, term.rate, term.seed)
     return y
+
+
+def _with_bits(term: LowRank, y: Tensor) -> tuple[Tensor, Tensor, float, Any] | None:
+    """The term as the compiled product takes it; None: it is to be added apart."""
+    if not y.dtype == term.s.dtype == term.b.dtype == torch.bfloat16 or y.shape[1] % WIDE:
+        return None
+    bits = bits_of(term.rate, term.seed, (y.shape[0], y.shape[1])) if term.rate > 0 else None
+    if term.rate > 0 and bits is None:
+        return None
+    return term.s, term.b, term.scale / (1 - term.rate), bits
 
 
 def _tiles(x: Tensor, matrix: Tensor) -> Any:

@@ -32,9 +32,18 @@ def tiles() -> bool:
     return loaded is not None and bool(loaded.tiles_ready())
 
 
-def multiply(x: Tensor, matrix: Tensor, bias: Tensor | None, y: Tensor, add: bool) -> None:
-    """y (T, n) = or += x (T, K) · matrixᵀ (n, K) + bias (n,), bf16; bias fp32; K in 32s."""
-    _multiply("multiply", _along_rows(x), matrix, None, None, bias, y=y, add=add)
+Bits = tuple[Tensor, Tensor, int]
+Term = tuple[Tensor, Tensor, float, Bits | None]
+
+
+def multiply(
+    x: Tensor, matrix: Tensor, bias: Tensor | None, y: Tensor, add: bool, term: Term | None = None
+) -> None:
+    """y (T, n) = or += x (T, K) · matrixᵀ (n, K) + bias (n,) + term, bf16; bias fp32; K in 32s.
+
+    term: s (T, R), b (n, R), a scale and a mask's bits: scale · mask(s · bᵀ), n in 32s.
+    """
+    _multiply("multiply", _along_rows(x), matrix, None, None, bias, y=y, add=add, term=term)
 
 
 def multiply_codes(
@@ -47,18 +56,29 @@ def multiply_codes(
     add: bool,
 ) -> None:
     """The same of int8 codes, times the scales rows (T, 1) and columns (n,); K in 64s."""
-    _multiply("multiply_codes", codes, matrix, rows, columns, bias, y=y, add=add)
+    _multiply("multiply_codes", codes, matrix, rows, columns, bias, y=y, add=add, term=None)
 
 
 def _multiply(
-    name: str, x: Tensor, matrix: Tensor, *rest: Tensor | None, y: Tensor, add: bool
-) -> None:
+    name: str, x: Tensor, matrix: Tensor, *rest: Tensor | None, y: Tensor, add: bool,
+    term: Term | None,
+) -> None:  # fmt: skip
     """matrix (n, K) lies along either dimension."""
     stored, across = _stored(matrix)
+    s, b, scale, bits = term or (None, None, 0.0, None)
+    thin, thin_across = (None, 0) if b is None else _stored(b)
+    rank = 0 if s is None else s.shape[1]
+    given = (s, thin, rank, _stride(s), _stride(thin), thin_across, *(bits or (None, None, 1)))
     done = _call(name, y, x, stored, *rest, y, *y.shape, x.shape[1], x.stride(0),
-                 stored.stride(0), y.stride(0), across, int(add))  # fmt: skip
+                 stored.stride(0), y.stride(0), across, int(add), *given, float(scale))  # fmt: skip
     if not done:
         raise MemoryError(f"no memory for the tiles of a product with {tuple(y.shape)} results")
+
+
+def _stored(matrix: Tensor) -> tuple[Tensor, int]:
+    """As it lies in memory, and whether that is transposed."""
+    across = matrix.stride(1) != 1
+    return matrix.T if across else matrix, int(across)
 
 
 def activates(activation: str) -> bool:
@@ -135,9 +155,6 @@ def head_rows(
     return losses, grad
 
 
-Bits = tuple[Tensor, Tensor, int]
-
-
 def shrink(x: Tensor, a: Tensor, scale: float, bits: Bits | None, out: Tensor) -> Tensor:
     """out (T, R) = scale · mask(x) · aᵀ on tile registers: x (T, k), k in 32s, a (R, k) along
     either dimension, bits as `dropout.bits_of` gives them."""
@@ -178,12 +195,6 @@ def _lowrank(
 def _wide(x: Tensor, rank: int, scale: float, bits: Bits | None) -> list[Argument]:
     table, places, rows = bits or (None, None, 1)
     return [*x.shape, rank, table, places, rows, float(scale)]
-
-
-def _stored(matrix: Tensor) -> tuple[Tensor, int]:
-    """As it lies in memory, and whether that is transposed."""
-    across = matrix.stride(1) != 1
-    return matrix.T if across else matrix, int(across)
 
 
 def attend(

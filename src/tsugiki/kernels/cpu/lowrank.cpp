@@ -12,22 +12,6 @@ constexpr int64_t PASS = 640;          // entries of a masked row at a time: 32 
 constexpr int64_t COLUMNS = 256;       // of a wide operand that is read by columns
 constexpr int64_t CHUNK = 256;         // of its rows at a time
 
-// Which entries of a wide operand count: rows share a place in the table by parts.
-struct Mask {
-    const uint16_t* bits;   // null: all
-    const int64_t* places;  // of each part of the rows, in entries
-    int64_t rows;           // of one part
-    int64_t width;
-
-    __mmask32 kept(int64_t row, int64_t column) const {
-        if (!bits) return 0xffffffff;
-        const int64_t at = places[row / rows] + row % rows * width + column;
-        uint32_t word;
-        std::memcpy(&word, bits + at / 16, 4);
-        return word;
-    }
-};
-
 // `count` rows from `row` on, columns [from, end) of x, with zeros where masked and below.
 void copy_kept(const bfloat* x, int64_t stride, int64_t row, int64_t count, int64_t all,
                int64_t from, int64_t end, const Mask& mask, bfloat* to) {
@@ -121,15 +105,9 @@ struct Adding {
 bool expand_all(bfloat* y, const bfloat* s, const Stored<bfloat>& b, int64_t rows, int64_t width,
                 int64_t rank, int64_t ys, int64_t ss, float scale, const Mask& mask, int threads) {
     const int64_t deep = up(rank, SIDE), panels = width / SIDE;
-    const Memory padded((b.across ? deep * width : width * deep) * SIZE);
-    if (!padded.at) return false;
-    bfloat* full = reinterpret_cast<bfloat*>(padded.at);  // b with zeros beyond its rank
-    const int64_t lines = b.across ? rank : width, wide = b.across ? width : rank;
-    const int64_t stride = b.across ? width : deep;
-    std::memset(padded.at, 0, deep * width * SIZE);
-    for (int64_t i = 0; i < lines; ++i)
-        std::memcpy(full + i * stride, b.at + i * b.stride, wide * SIZE);
-    const Stored<bfloat> whole_b{full, width, stride, b.across};
+    const Memory room(deep * width * SIZE);
+    if (!room.at) return false;
+    const Stored<bfloat> whole_b = padded(b, width, rank, room.at);
     bool whole = true;
 #pragma omp parallel num_threads(threads) reduction(&& : whole) if (threads > 1)
     {

@@ -1,5 +1,5 @@
 // Matrix products on a CPU with tile registers (Intel AMX): y (M, N) = x (M, K) · W in bfloat16, and of
-// byte codes times the scales of their rows and columns.
+// byte codes times the scales of their rows and columns; with a bias and a term of low rank.
 //
 // W is read as it is stored, (N, K) or (K, N), and laid out for the tiles one block at a time, so no
 // second copy of it is kept. Sums are fp32 or int32 from the first to the last of K, never leave the
@@ -48,7 +48,16 @@ inline void put_row(float* at, __m512 low, __m512 high, __mmask32 mask, bool add
     _mm512_mask_storeu_ps(at + 16, h, high);
 }
 
-// y (m, n) = x (m, k) · W, times rows · columns, + bias; strides in entries; none of m, n, k is zero.
+// A product with a low rank that is added: scale · mask(s (m, rank) · b (rank, n)).
+struct Term {
+    const bfloat* s;  // null: none
+    Stored<bfloat> b;
+    int64_t rank, ss;
+    float scale;
+    Mask mask;
+};
+
+// y (m, n) = x (m, k) · W, times rows · columns, + bias + term; strides in entries; none of m, n, k is zero.
 template <class E, class Y>
 struct Product {
     const E* x;
@@ -57,6 +66,7 @@ struct Product {
     Y* y;
     int64_t m, n, k, xs, ys;
     bool add;  // to what is in y
+    Term term;
 };
 
 // Finished sums of 32 rows and columns on their way into y, a few rows at a time.
@@ -64,12 +74,13 @@ template <class E, class Y>
 struct Ending {
     const Product<E, Y>& p;
     const char* sums = nullptr;
+    char* low_rank = nullptr;  // sums of the term, if any
     int64_t top = 0, left = 0, done = 0, high = 0;
     __mmask32 mask = 0;
     __m512 scales[2], biases[2];
 
-    void begin(const char* from, int64_t row, int64_t count, int64_t column) {
-        sums = from, top = row, left = column, done = 0, high = count;
+    void begin(const char* from, char* beside, int64_t row, int64_t count, int64_t column) {
+        sums = from, low_rank = beside, top = row, left = column, done = 0, high = count;
         mask = first(p.n - column) | uint32_t(first(p.n - column - 16)) << 16;
         for (int i = 0; i < 2; ++i) {
             const __mmask16 some = uint16_t(mask >> 16 * i);
@@ -90,6 +101,15 @@ struct Ending {
                 low = _mm512_mul_ps(_mm512_mul_ps(low, scale), scales[0]);
                 upper = _mm512_mul_ps(_mm512_mul_ps(upper, scale), scales[1]);
             }
+            if (low_rank) {
+                const __mmask32 kept = p.term.mask.kept(top + done, left);
+                const __m512 factor = _mm512_set1_ps(p.term.scale);
+                const float* term = piece(low_rank, done, 0);
+                low = _mm512_fmadd_ps(_mm512_maskz_load_ps(uint16_t(kept), term), factor, low);
+                term += TILE / 4;
+                upper = _mm512_fmadd_ps(_mm512_maskz_load_ps(uint16_t(kept >> 16), term), factor,
+                                        upper);
+            }
             put_row(p.y + (top + done) * p.ys + left, _mm512_add_ps(low, biases[0]),
                     _mm512_add_ps(upper, biases[1]), mask, p.add);
         }
@@ -104,22 +124,35 @@ bool multiply_all(const Product<E, Y>& p, int threads) {
     const int64_t chunk = part(p.k, ROOM / size / wide, per), pass = part(chunk, MOST_K / size, per);
     const int64_t tall = part(p.m, MOST_M, SIDE);
     const int64_t across = (p.n + wide - 1) / wide, down = (p.m + tall - 1) / tall;
-    bool whole = true;
+    const int64_t deep = p.term.s ? up(p.term.rank, SIDE) : 0;  // of the term, with zeros
+    const Memory thin(deep * p.n * 2 + 64), rows(deep * up(p.m, SIDE) * 2 + 64);
+    bool whole = thin.at && rows.at;
+    if (!whole) return false;
+    const bfloat* s = reinterpret_cast<bfloat*>(rows.at);
+    Stored<bfloat> b{};
+    if (deep) {
+        b = padded(p.term.b, p.n, p.term.rank, thin.at);
+        std::memset(rows.at, 0, up(p.m, SIDE) * deep * 2);
+        for (int64_t i = 0; i < p.m; ++i)
+            std::memcpy(rows.at + i * deep * 2, p.term.s + i * p.term.ss, p.term.rank * 2);
+    }
 #pragma omp parallel num_threads(threads) reduction(&& : whole) if (threads > 1)
     {
         const Shape shape;
         _tile_loadconfig(&shape);
         const Memory tiles(chunk * size * wide), corners(8 * TILE), filled(SIDE * chunk * size);
-        const Memory kept(4 * (chunk < p.k ? tall : SIDE) * wide);
+        const Memory kept(4 * (chunk < p.k ? tall : SIDE) * wide), terms(8 * TILE);
+        const Memory thin_tiles(deep * wide * 2 + 64);
         Ending<E, Y> ending{p};
         int64_t turn = 0;
-        whole = tiles.at && corners.at && filled.at && kept.at;
+        whole = tiles.at && corners.at && filled.at && kept.at && terms.at && thin_tiles.at;
 #pragma omp for schedule(dynamic)
         for (int64_t block = 0; block < across * down; ++block) {
             if (!whole) continue;
             const int64_t left = block % across * wide, start = block / across * tall;
             const int64_t right = std::min(left + wide, p.n), stop = std::min(start + tall, p.m);
             const int64_t panels = (right - left + SIDE - 1) / SIDE;
+            if (deep) lay_block(b, left, panels, 0, deep, thin_tiles.at);
             for (int64_t from = 0; from < p.k; from += chunk) {
                 const int64_t to = std::min(from + chunk, p.k);
                 for (int64_t at = from; at < to; at += pass)
@@ -146,8 +179,13 @@ bool multiply_all(const Product<E, Y>& p, int threads) {
                             multiply(x + (at - from), stride * size, tile + panel * SIDE * depth,
                                      depth, at ? sums : nullptr, end < p.k ? sums : corner, ending);
                             if (end < p.k) continue;
+                            char* beside = deep ? terms.at + turn % 2 * 4 * TILE : nullptr;
+                            if (deep)
+                                multiply(s + top * deep, deep * 2,
+                                         thin_tiles.at + panel * SIDE * deep * 2, deep * 2,
+                                         nullptr, beside, ending);
                             ending.write(SIDE);  // what was left
-                            ending.begin(corner, top, high, left + panel * SIDE);
+                            ending.begin(corner, beside, top, high, left + panel * SIDE);
                             ++turn;
                         }
                     }
@@ -180,9 +218,12 @@ int tiles_ready() {
 #define MULTIPLY(NAME, E, Y)                                                                     \
     int NAME(const E* x, const E* w, const float* rows, const float* columns, const float* bias,  \
               Y* y, int64_t m, int64_t n, int64_t k, int64_t xs, int64_t ws, int64_t ys,          \
-              int64_t across, int64_t add, int threads) {                                         \
+              int64_t across, int64_t add, const bfloat* s, const bfloat* b, int64_t rank,        \
+              int64_t ss, int64_t bs, int64_t b_across, const uint16_t* bits,                     \
+              const int64_t* places, int64_t part_rows, float scale, int threads) {               \
+        const Term term{s, {b, n, bs, b_across != 0}, rank, ss, scale, {bits, places, part_rows, n}}; \
         return multiply_all(Product<E, Y>{x, {w, n, ws, across != 0}, rows, columns, bias, y, m,  \
-                                          n, k, xs, ys, add != 0},                                \
+                                          n, k, xs, ys, add != 0, term},                          \
                             threads);                                                             \
     }
 MULTIPLY(multiply_bf16, bfloat, bfloat)

@@ -200,5 +200,31 @@ inline int64_t part(int64_t whole, int64_t most, int64_t unit) {
     return up((whole + count - 1) / count, unit);
 }
 
+// Which entries of a wide operand count: rows share a place in the table by parts.
+struct Mask {
+    const uint16_t* bits;   // null: all
+    const int64_t* places;  // of each part of the rows, in entries
+    int64_t rows;           // of one part
+    int64_t width;
+
+    __mmask32 kept(int64_t row, int64_t column) const {
+        if (!bits) return 0xffffffff;
+        const int64_t at = places[row / rows] + row % rows * width + column;
+        uint32_t word;
+        std::memcpy(&word, bits + at / 16, 4);
+        return word;
+    }
+};
+
+// A thin matrix (width, rank), as it is stored, with zeros up to a rank in 32s; room for that.
+inline Stored<bfloat> padded(const Stored<bfloat>& b, int64_t width, int64_t rank, char* room) {
+    const int64_t deep = up(rank, SIDE), stride = b.across ? width : deep;
+    const int64_t lines = b.across ? rank : width, wide = b.across ? width : rank;
+    bfloat* to = reinterpret_cast<bfloat*>(room);
+    std::memset(room, 0, deep * width * 2);
+    for (int64_t i = 0; i < lines; ++i) std::memcpy(to + i * stride, b.at + i * b.stride, wide * 2);
+    return {to, width, stride, b.across};
+}
+
 }  // namespace
 #endif
