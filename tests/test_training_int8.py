@@ -24,6 +24,7 @@ from tsugiki.data.loader import Loader
 from tsugiki.device import Decisions, decide
 from tsugiki.errors import Interrupted, RunError, UsageError
 from tsugiki.kernels.int8 import Int8Weight
+from tsugiki.kernels.products import LowRank
 from tsugiki.memory import PROOF_TOKENS
 from tsugiki.models.flat import flat_loss, use_flat_attention
 from tsugiki.models.int8 import LEVELS, Int8Products
@@ -96,8 +97,8 @@ def test_b_at_zero_proves_nothing() -> None:
 class WrongForward(Int8Weight):
     """Right on the way back alone."""
 
-    def matmul(self, x: Tensor) -> Tensor:
-        y = super().matmul(x)
+    def matmul(self, x: Tensor, term: LowRank | None = None) -> Tensor:
+        y = super().matmul(x, term)
         return y * 1.5 if self.forward else y
 
 

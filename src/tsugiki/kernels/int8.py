@@ -24,7 +24,7 @@ from torch import Tensor
 from tsugiki.kernels.backend import compiled_bodies
 from tsugiki.kernels.int8_rows import Int8Codes, quantize_int8
 from tsugiki.kernels.linear import FrozenWeight
-from tsugiki.kernels.products import tiles_for_codes
+from tsugiki.kernels.products import LowRank, tiles_for_codes, with_term, within
 from tsugiki.kernels.quantized import QuantizedWeight, Workspace
 
 LEVELS = 127  # each side of zero
@@ -184,22 +184,25 @@ class Int8Weight:
         shared = isinstance(source, QuantizedWeight) and isinstance(source.codes, Int8Codes)
         return source.nbytes + self.scales.nbytes + (0 if shared else self.packed.nbytes)
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """x (…, in) → (…, out), the bias included. Not recorded by autograd."""
+    def matmul(self, x: Tensor, term: LowRank | None = None) -> Tensor:
+        """x (…, in) → (…, out), bias and term included. Not recorded by autograd."""
         if not self.forward:
-            return self.source.matmul(x)
+            return self.source.matmul(x, term)
         out, width = self.shape
         flat = x if x.dim() == 2 else x.reshape(-1, width)
         y = torch.empty(flat.shape[0], out, dtype=x.dtype, device=x.device)
         with torch.no_grad():
             codes = self.scratch.quantised(flat)
-            self._multiply(codes, self.packed, self.scales, self.bias, y, add=False)
+            self._multiply(codes, self.packed, self.scales, self.bias, y, add=False, term=term)
             if codes.apart is not None:
                 _add_apart(y, flat, codes.apart, self._columns(codes.apart.columns, x.dtype))
         return y.view(*x.shape[:-1], out)
 
-    def matmul_t(self, g: Tensor, onto: Tensor | None = None) -> Tensor:
-        """g (…, out) → (…, in); added to `onto` in place where given. Not recorded by autograd."""
+    def matmul_t(
+        self, g: Tensor, onto: Tensor | None = None, term: LowRank | None = None
+    ) -> Tensor:
+        """g (…, out) → (…, in), with a term; added to `onto` in place where given. Not recorded by
+        autograd."""
         out, width = self.shape
         flat = g.reshape(-1, out)
         result = g.new_empty(*g.shape[:-1], width) if onto is None else onto
@@ -213,12 +216,14 @@ class Int8Weight:
                 part = flat[:, group]
                 codes = quantise(part, self.scratch, self.scales[group], dither=self.dither)
                 add = onto is not None or total is not x
-                self._multiply(codes, self.packed[group].T, None, None, total, add=add)
+                whole = term if total is x else None
+                self._multiply(codes, self.packed[group].T, None, None, total, add=add, term=whole)
                 if codes.apart is not None:
                     matrix = self._rows(codes.apart.columns + group.start, g.dtype)
                     _add_apart(total, part, codes.apart, matrix)
             if total is not x:
                 x.copy_(total) if onto is None else x.add_(total)
+                with_term(x, term)
         return result
 
     def rows(self, index: Tensor) -> Tensor:
@@ -238,11 +243,14 @@ class Int8Weight:
         y: Tensor,
         *,
         add: bool,
+        term: LowRank | None,
     ) -> None:
-        """y (T, n) = or += codes (T, K) · matrixᵀ (n, K) · scales (n,) + bias (n,)."""
+        """y (T, n) = or += codes (T, K) · matrixᵀ (n, K) · scales (n,) + bias (n,) + term."""
         tiles = tiles_for_codes(codes.codes, y)
         if tiles is not None:
-            tiles.multiply_codes(codes.codes, matrix, codes.scale, scales, bias, y, add)
+            inside = within(term, y)
+            tiles.multiply_codes(codes.codes, matrix, codes.scale, scales, bias, y, add, inside)
+            with_term(y, term if inside is None else None)
             return
         fused = compiled_bodies(y, "int8")
         for rows, columns in _tiles(*y.shape):
@@ -261,6 +269,7 @@ class Int8Weight:
                     y[rows][part, columns].add_(block)
                 else:
                     y[rows][part, columns] = block
+        with_term(y, term)
 
     def _products(self, left: Tensor, right: Tensor) -> Tensor:
         """int8 (t, k) · (k, n) → int32 (t, n)."""

@@ -18,8 +18,8 @@ from torch import Tensor
 from tsugiki.kernels.backend import triton_runs
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.kernels.dropout import draw_seed
-from tsugiki.kernels.lowrank import add_product, grad_of_a, pair_gradients, shrink
-from tsugiki.kernels.products import LowRank, multiply, multiply_into
+from tsugiki.kernels.lowrank import grad_of_a, pair_gradients, shrink
+from tsugiki.kernels.products import LowRank, multiply, multiply_into, with_term
 
 WIDE = 1 << 24  # weights widened at a time: 64 MB
 
@@ -33,12 +33,14 @@ class FrozenWeight(Protocol):
     def nbytes(self) -> int: ...
     @property
     def bias(self) -> Tensor | None: ...
-    def matmul(self, x: Tensor) -> Tensor:
-        """x (…, in) → (…, out), the bias included."""
+    def matmul(self, x: Tensor, term: LowRank | None = None) -> Tensor:
+        """x (…, in) → (…, out), the bias and a term of low rank included."""
         ...
 
-    def matmul_t(self, g: Tensor, onto: Tensor | None = None) -> Tensor:
-        """g (…, out) → (…, in); added to `onto` in place where given."""
+    def matmul_t(
+        self, g: Tensor, onto: Tensor | None = None, term: LowRank | None = None
+    ) -> Tensor:
+        """g (…, out) → (…, in), with a term; added to `onto` in place where given."""
         ...
 
     def rows(self, index: Tensor) -> Tensor:
@@ -69,17 +71,19 @@ class DenseWeight:
         """Bytes in memory."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """x (…, in) → (…, out), the bias included."""
-        return multiply(x, self.dense(), self.bias)
+    def matmul(self, x: Tensor, term: LowRank | None = None) -> Tensor:
+        """x (…, in) → (…, out), the bias and a term of low rank included."""
+        return multiply(x, self.dense(), self.bias, term)
 
-    def matmul_t(self, g: Tensor, onto: Tensor | None = None) -> Tensor:
-        """g (…, out) → (…, in); added to `onto` in place where given."""
+    def matmul_t(
+        self, g: Tensor, onto: Tensor | None = None, term: LowRank | None = None
+    ) -> Tensor:
+        """g (…, out) → (…, in), with a term; added to `onto` in place where given."""
         matrix = self.dense().T
         if onto is None:
-            return multiply(g, matrix)
+            return multiply(g, matrix, term=term)
         flat = g.reshape(-1, g.shape[-1])
-        multiply_into(onto.view(-1, onto.shape[-1]), flat, matrix, add=True)
+        multiply_into(onto.view(-1, onto.shape[-1]), flat, matrix, add=True, term=term)
         return onto
 
     def rows(self, index: Tensor) -> Tensor:
@@ -112,21 +116,25 @@ class WideWeight:
         """(out,)"""
         return self.source.bias
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """x (…, in) → (…, out), the bias included."""
+    def matmul(self, x: Tensor, term: LowRank | None = None) -> Tensor:
+        """x (…, in) → (…, out), the bias and a term of low rank included."""
         y = [F.linear(x.float(), part.float()) for part in self._parts()]
         out = y[0] if len(y) == 1 else torch.cat(y, dim=-1)
-        return out if self.bias is None else out.add_(self.bias.float())
+        if self.bias is not None:
+            out.add_(self.bias.float())
+        return with_term(out, term)
 
-    def matmul_t(self, g: Tensor, onto: Tensor | None = None) -> Tensor:
-        """g (…, out) → (…, in); added to `onto` in place where given."""
+    def matmul_t(
+        self, g: Tensor, onto: Tensor | None = None, term: LowRank | None = None
+    ) -> Tensor:
+        """g (…, out) → (…, in), with a term; added to `onto` in place where given."""
         parts = list(self._parts())
         pieces = torch.split(g.float(), [len(part) for part in parts], dim=-1)
         out = pieces[0] @ parts[0].float() if onto is None else onto
         flat = out.view(-1, out.shape[-1])
         for piece, part in list(zip(pieces, parts, strict=True))[onto is None :]:
             flat.addmm_(piece.reshape(-1, piece.shape[-1]), part.float())
-        return out
+        return with_term(out, term)
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows (n, in) of the (out, in) matrix."""
@@ -257,9 +265,7 @@ def _with_term(x: Tensor, weight: FrozenWeight, s: Tensor, b: Tensor, scale: flo
         from tsugiki.kernels.gpu.product import product
 
         return product(x, weight.dense().T, bias=weight.bias, term=(s, b.T), scale=scale)
-    if isinstance(weight, DenseWeight):
-        return multiply(x, weight.dense(), weight.bias, LowRank(s, b, scale))
-    return add_product(weight.matmul(x), s, b, scale)
+    return weight.matmul(x, LowRank(s, b, scale))
 
 
 def grad_shrunk(
@@ -314,14 +320,9 @@ def grad_input(
                 grad, weight.dense(), onto=grad_x, term=(grad_s, group.a),
                 rate=group.rate, seed=group.seed,
             )  # fmt: skip
-        elif isinstance(weight, DenseWeight):
-            add = grad_x is not None
-            onto = grad.new_empty(grad.shape[0], weight.shape[1]) if grad_x is None else grad_x
-            term = LowRank(grad_s, group.a.T, rate=group.rate, seed=group.seed)
-            grad_x = multiply_into(onto, grad, weight.dense().T, add=add, term=term)
         else:
-            grad_x = weight.matmul_t(grad, grad_x)
-            add_product(grad_x, grad_s, group.a.T, rate=group.rate, seed=group.seed)
+            term = LowRank(grad_s, group.a.T, rate=group.rate, seed=group.seed)
+            grad_x = weight.matmul_t(grad, grad_x, term)
     assert grad_x is not None
     return grad_x
 

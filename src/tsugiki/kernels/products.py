@@ -53,9 +53,9 @@ def multiply_into(
     place and not recorded by autograd."""
     fused = _tiles(x, matrix)
     if fused is not None:
-        within = None if term is None else _with_bits(term, y)
-        fused.multiply(x, matrix, None if bias is None else bias.float(), y, add, within)
-        if within is not None:
+        inside = within(term, y)
+        fused.multiply(x, matrix, None if bias is None else bias.float(), y, add, inside)
+        if inside is not None:
             return y
     elif add:
         y.addmm_(x, matrix.T)
@@ -63,9 +63,20 @@ def multiply_into(
         torch.mm(x, matrix.T, out=y)
     else:
         torch.addmm(bias.to(x.dtype), x, matrix.T, out=y)
+    return with_term(y, term)
+
+
+def with_term(y: Tensor, term: LowRank | None) -> Tensor:
+    """y (…, n) plus the term, if any, in place."""
     if term is not None:
-        add_product(y, term.s, term.b, term.scale, term.rate, term.seed)
+        flat = y.view(-1, y.shape[-1])
+        add_product(flat, term.s, term.b, term.scale, term.rate, term.seed)
     return y
+
+
+def within(term: LowRank | None, y: Tensor) -> Any:
+    """The term as the compiled products into y (T, n) take it; None: it is to be added apart."""
+    return None if term is None else _with_bits(term, y)
 
 
 def _with_bits(term: LowRank, y: Tensor) -> tuple[Tensor, Tensor, float, Any] | None:

@@ -7,6 +7,7 @@ for the first time after the first step. Knows no model and no adapters.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tsugiki.kernels.products import multiply_into
+from tsugiki.kernels.products import LowRank, multiply_into, with_term
 
 ALL = slice(None)
 TILE = 6 << 20  # elements of a tile: 12 MB in bf16
@@ -94,24 +95,28 @@ class QuantizedWeight:
         """Bytes in memory, without the workspace that all weights share."""
         return self.codes.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """x (…, in) → (…, out), the bias included. Not recorded by autograd."""
+    def matmul(self, x: Tensor, term: LowRank | None = None) -> Tensor:
+        """x (…, in) → (…, out), bias and term included. Not recorded by autograd."""
         out, width = self.shape
         flat = x.reshape(-1, width)
         with torch.no_grad():
             found = self.codes.product(flat)
             if found is not None:
                 y = found if self.bias is None else found.add_(self.bias)
-                return y.view(*x.shape[:-1], out)
+                return with_term(y, term).view(*x.shape[:-1], out)
             y = torch.empty(flat.shape[0], out, dtype=x.dtype, device=x.device)
             for rows in self._slices(out, width, 1):
                 tile = self.codes.unpack(rows, ALL, x.dtype, self.workspace)
                 bias = None if self.bias is None else self.bias[rows]
-                multiply_into(y[:, rows], flat, tile, bias)
+                part = term and dataclasses.replace(term, b=term.b[rows])
+                multiply_into(y[:, rows], flat, tile, bias, term=part)
         return y.view(*x.shape[:-1], out)
 
-    def matmul_t(self, g: Tensor, onto: Tensor | None = None) -> Tensor:
-        """g (…, out) → (…, in); added to `onto` in place where given. Not recorded by autograd.
+    def matmul_t(
+        self, g: Tensor, onto: Tensor | None = None, term: LowRank | None = None
+    ) -> Tensor:
+        """g (…, out) → (…, in), with a term; added to `onto` in place where given. Not recorded by
+        autograd.
 
         Tiles hold whole columns, so that no sum is rounded more often than in one product.
         """
@@ -122,7 +127,11 @@ class QuantizedWeight:
         with torch.no_grad():
             for columns in self._slices(width, out, self.codes.divisible):
                 tile = self.codes.unpack(ALL, columns, g.dtype, self.workspace)
-                multiply_into(x[:, columns], flat, tile.T, add=onto is not None)
+                whole = columns == ALL  # a mask is one of all columns
+                part = term if whole else None
+                multiply_into(x[:, columns], flat, tile.T, add=onto is not None, term=part)
+            if not whole:
+                with_term(x, term)
         return result
 
     def rows(self, index: Tensor) -> Tensor:

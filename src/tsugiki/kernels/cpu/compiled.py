@@ -54,9 +54,10 @@ def multiply_codes(
     bias: Tensor | None,
     y: Tensor,
     add: bool,
+    term: Term | None = None,
 ) -> None:
     """The same of int8 codes, times the scales rows (T, 1) and columns (n,); K in 64s."""
-    _multiply("multiply_codes", codes, matrix, rows, columns, bias, y=y, add=add, term=None)
+    _multiply("multiply_codes", codes, matrix, rows, columns, bias, y=y, add=add, term=term)
 
 
 def _multiply(
