@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -320,6 +321,9 @@ def main() -> None:
 
 
 def _fail(error: TsugikiError) -> None:
+    if error.flags:  # the user's own command, whole
+        fix = shlex.join(["tsugiki", *sys.argv[1:], *error.flags])
+        error = type(error)(error.problem, got=error.got, allowed=error.allowed, fix=fix)
     sys.stdout.flush()
     if "--json" in sys.argv:
         import json

@@ -81,7 +81,7 @@ class DataConfig(Section):
         "--eval-ratio", "share of rows held out (0 for none); default 0.1, at most 200 rows"
     )
     columns: dict[str, str] = option(
-        "--columns", "which columns hold what: prompt=question,answer=choice[label]", {}
+        "--columns", "what columns hold: prompt=question,answer=choice[label]; text=story", {}
     )
     prompt_template: str | None = option(
         "--prompt-template", "prompt made of columns, e.g. 'Q: {question}'"

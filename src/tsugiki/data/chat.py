@@ -275,7 +275,8 @@ class ChatFormat:
             raise RowProblem(f"turn {index + 1}: no stop token after the answer")
         end = len(tail) - tail[::-1].index(self.stop_id)
         if end < 2:
-            raise RowProblem(f"turn {index + 1}: the answer has no tokens")
+            calls = ": this chat format writes no tool calls" if messages[index].extra else ""
+            raise RowProblem(f"turn {index + 1}: the answer has no tokens{calls}")
         return ids[: len(prompt) + end], len(prompt)
 
     def _example(

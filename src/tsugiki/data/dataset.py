@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from tsugiki.data.chat import ChatFormat, Example
-from tsugiki.data.files import Skipped
+from tsugiki.data.files import Skipped, reasons
 from tsugiki.data.formats import RowProblem, Rows
 from tsugiki.data.lengths import fit
 from tsugiki.errors import DataError
@@ -83,11 +83,10 @@ def prepare(
     else:
         train, held = _split(kept, eval_ratio, seed, notes)
     if not any(e.labelled for e in train):
-        reasons = Counter(s.reason for s in skipped).most_common(3)
         raise DataError(
             "nothing would be trained: no row is left",
-            got="; ".join(f"{count} × {reason}" for reason, count in reasons) or "no rows",
-            fix="tsugiki data check FILE lists every row that was left out",
+            got=reasons(skipped) or "no rows",
+            fix="mend these rows, or give others",
         )
     twins = _twins(kept)
     if twins:
