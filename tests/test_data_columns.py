@@ -30,6 +30,15 @@ def test_columns_templates_and_an_index(tmp_path: Path) -> None:
             read_rows(path, prompt_template="{q}", answer_template=wrong)
 
 
+def test_templates_that_name_no_column_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", lines({"q": "x", "a": "y"}))
+    for prompt, answer in (("{q}", "fine"), ("{q", "{a}"), ("q}", "{a}"), ("{q}", "{a")):
+        with pytest.raises(DataError, match="template names no column"):
+            read_rows(path, prompt_template=prompt, answer_template=answer)
+    same = read_rows(path, prompt_template="Go on:", answer_template="{a}")
+    assert told(same) == [[("user", "Go on:"), ("assistant", "y")]]
+
+
 UNKNOWN: dict[str, tuple[dict[str, object], list[object]]] = {
     "a label": (
         {"q_id": 0, "question": "which?", "choice0": "a", "choice1": "b", "label": 1},

@@ -273,8 +273,19 @@ def test_in_a_folder_a_broken_file_is_skipped(tmp_path: Path) -> None:
     assert [Path(s.source).name for s in rows.skipped] == ["a.json", "c.jsonl"]
     with pytest.raises(DataError, match=r"a\.json"):
         read_rows(tmp_path, strict=True)
-    with pytest.raises(DataError, match="there is no file"):
-        read_rows(tmp_path / "missing.jsonl")
+
+
+def test_a_file_that_is_not_there_and_what_was_meant(tmp_path: Path) -> None:
+    path = write(tmp_path, "rows.jsonl", lines(GOOD))
+    for name, said in (
+        (tmp_path / "missing", "check the path of the data"),
+        (tmp_path / "row.jsonl", f"did you mean {path}"),
+        (str(path).replace("/", "\\"), f"did you mean {path}"),
+        ("https://example.com/rows.jsonl", "download it first"),
+    ):
+        with pytest.raises(DataError, match="there is no file") as caught:
+            read_rows(Path(name))
+        assert said in str(caught.value.fix)
 
 
 def test_a_line_beyond_the_limit_is_skipped_without_being_held(

@@ -78,6 +78,18 @@ def missing_tensor(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def other_shape(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["intermediate_size"] *= 2
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def wrong_type(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["hidden_size"] = "text"
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def broken_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
@@ -95,6 +107,8 @@ def unknown_architecture(folder: Path) -> None:
         (truncate, "not a whole safetensors file"),
         (lying_header, "header claims"),
         (missing_tensor, "layers.1.mlp.up_proj"),
+        (other_shape, r"other shape: .*layers\.0\.mlp\.down_proj"),
+        (wrong_type, "hidden_size.*text"),
         (broken_config, "cannot be read"),
         (unknown_architecture, "llamma"),
     ],

@@ -203,7 +203,7 @@ app.command()(export)
 def data_show(
     source: Annotated[Path, typer.Argument(metavar="DATA", help="rows: a file or a folder")],
     *,
-    count: Annotated[int, typer.Option("--count", help="how many examples")] = 5,
+    count: Annotated[int, typer.Option("--count", min=0, help="how many examples")] = 5,
     as_json: Json = False,
     settings: dict[str, Any],
 ) -> None:

@@ -21,6 +21,7 @@ from tsugiki.errors import DataError
 
 IGNORED = -100
 MARKER = "zxqj"
+TEMPLATE_REFUSES = "the chat template refuses it"
 FOLDED = "system turn put into the first user turn"
 JOINED = "turns of one role joined"
 
@@ -153,7 +154,7 @@ class ChatFormat:
             raise
         except Exception as error:  # a template may raise anything
             reason = (str(error).strip() or type(error).__name__).split("\n")[0][:160]
-            raise RowProblem(f"the chat template refuses it: {reason}") from None
+            raise RowProblem(f"{TEMPLATE_REFUSES}: {reason}") from None
         if not isinstance(text, str):
             raise RowProblem("the chat template gave no text")
         return text

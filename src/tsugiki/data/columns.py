@@ -62,7 +62,8 @@ def given_templates(
     """What --columns and the templates ask for; None where nothing was.
 
     Raises:
-        DataError: a prompt without an answer, or the other way round.
+        DataError: a prompt without an answer, or the other way round; a template that names no
+            column (a prompt may be the same for every row).
     """
     templates = {role: "{" + column + "}" for role, column in columns.items()}
     templates |= {k: v for k, v in (("prompt", prompt), ("answer", answer)) if v is not None}
@@ -80,6 +81,13 @@ def given_templates(
             got=f"prompt {templates.get('prompt')!r}, answer {templates.get('answer')!r}",
             fix="--columns prompt=question,answer=answer",
         )
+    for role, template in templates.items():
+        if not FIELD.search(template) and (role == "answer" or set("{}") & set(template)):
+            raise DataError(
+                f"the {role} template names no column",
+                got=template,
+                fix=f"put the name of a column in braces: --{role}-template '{{question}}'",
+            )
     return Given(**templates)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tsugiki.data import aozora
-from tsugiki.data.unreadable import refuse_packed, to_utf8
+from tsugiki.data.unreadable import elsewhere, refuse_packed, to_utf8
 from tsugiki.errors import DataError
 
 NOT_UTF8 = "not valid UTF-8"
@@ -55,7 +55,7 @@ def data_files(path: Path) -> list[Path]:
         DataError: nothing there, no permission, or a kind that is not read.
     """
     if not path.exists():
-        raise DataError(f"there is no file {path}", fix="check the path of the data")
+        raise DataError(f"there is no file {path}", fix=elsewhere(path))
     if path.is_dir():
         found = sorted(
             p

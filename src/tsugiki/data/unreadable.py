@@ -5,11 +5,12 @@ Knows beginnings of files and encodings; reads no rows.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 from pathlib import Path
 
-from tsugiki.errors import DataError
+from tsugiki.errors import DataError, did_you_mean
 
 # How a file that is no text begins: what it is, and what to do.
 PACKED = {
@@ -56,3 +57,15 @@ def to_utf8(path: Path) -> str:
 def _iconv(encoding: str, path: Path) -> str:
     made = shlex.quote(str(path.with_name(f"utf8-{path.name}")))
     return f"iconv -f {encoding} -t utf-8 {shlex.quote(str(path))} > {made}"
+
+
+def elsewhere(path: Path) -> str:
+    """What to do where there is no such file: a near name, a path of Windows, an address."""
+    if re.match(r"(https?|hf|s3|gs):/", str(path)):
+        return "download it first, and give the file"
+    here = Path(str(path).replace("\\", "/"))
+    near = [here] if here != path and here.exists() else []
+    with contextlib.suppress(OSError):
+        name = did_you_mean(here.name, [p.name for p in here.parent.iterdir()])
+        near += [here.parent / name] if name else []
+    return f"did you mean {near[0]}?" if near else "check the path of the data"
