@@ -165,6 +165,13 @@ BAD_TURNS: dict[str, tuple[object, str]] = {
     ),
     "answer empty": (turns(USER, {"role": "assistant", "content": ""}), "the answer is empty"),
     "other layout": (GOOD, "no list 'messages'"),
+    "tools numbers": ({"messages": [USER, ANSWER], "tools": [5]}, "'tools' is not a list of obj"),
+    "calls a text": (
+        turns(USER, {"role": "assistant", "content": "a", "tool_calls": "x"}), "'tool_calls' is not"
+    ),
+    "calls numbers": (
+        turns(USER, {"role": "assistant", "content": None, "tool_calls": [5]}), "'tool_calls' is"
+    ),
     "tools broken": ({"messages": [USER, ANSWER], "tools": "{"}, "'tools' is not valid JSON"),
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ from tsugiki.errors import DataError
 
 IGNORED = -100
 MARKER = "zxqj"
+NO_CALLS = "this chat format writes no tool calls"
 TEMPLATE_REFUSES = "the chat template refuses it"
 FOLDED = "system turn put into the first user turn"
 JOINED = "turns of one role joined"
@@ -276,7 +277,7 @@ class ChatFormat:
             raise RowProblem(f"turn {index + 1}: no stop token after the answer")
         end = len(tail) - tail[::-1].index(self.stop_id)
         if end < 2:
-            calls = ": this chat format writes no tool calls" if messages[index].extra else ""
+            calls = f": {NO_CALLS}" if messages[index].extra else ""
             raise RowProblem(f"turn {index + 1}: the answer has no tokens{calls}")
         return ids[: len(prompt) + end], len(prompt)
 

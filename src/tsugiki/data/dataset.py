@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from tsugiki.data.chat import TEMPLATE_REFUSES, ChatFormat, Example
+from tsugiki.data.chat import NO_CALLS, TEMPLATE_REFUSES, ChatFormat, Example
 from tsugiki.data.files import Skipped, reasons
 from tsugiki.data.formats import RowProblem, Rows
 from tsugiki.data.lengths import fit
@@ -179,6 +179,8 @@ def _way_out(skipped: list[Skipped]) -> str:
     """What helps where every row was left out."""
     if all(TEMPLATE_REFUSES in skip.reason for skip in skipped):
         return "mend the base's chat template (chat_template), or take another base"
+    if all(NO_CALLS in skip.reason for skip in skipped):
+        return "take a base whose chat template writes tool calls"
     if all("--max-length" in skip.reason for skip in skipped):
         return "a larger --max-length (up to the base's context), or shorter rows"
     return "mend these rows, or give others"

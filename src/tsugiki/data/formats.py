@@ -167,6 +167,8 @@ def _by_layout(record: Record, layout: str) -> Row:
                 tools = parse(tools)
             except ValueError as error:
                 raise RowProblem(f"the column 'tools' is {error}") from None
+        if isinstance(tools, list) and not all(isinstance(tool, dict) for tool in tools):
+            raise RowProblem("the column 'tools' is not a list of objects")
         return Row(messages, None, record.source, tuple(tools) if isinstance(tools, list) else None)
     if layout == "alpaca":
         prompt = text_of(value, "instruction")
@@ -217,6 +219,9 @@ def _message(item: Any, number: int) -> Message:
         if kinds != {"text"}:
             raise RowProblem(f"turn {number}: only text parts are supported")
         content = "".join(str(p.get("text", "")) for p in content)
+    calls = item.get("tool_calls")
+    if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise RowProblem(f"turn {number}: 'tool_calls' is not a list of objects")
     extra = tuple((k, item[k]) for k in ("tool_calls", "name", "tool_call_id") if item.get(k))
     if content is None and extra:
         content = ""
