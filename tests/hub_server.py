@@ -1,6 +1,7 @@
-"""A Hub of about sixty lines on the loopback, for HF_ENDPOINT: files, 404, gated, cut connections.
+"""A Hub of about a hundred lines on the loopback, for HF_ENDPOINT: files, 404, gated, cut connections.
 
-python hub_server.py FOLDER   prints its port; models are FOLDER/USER/NAME
+python hub_server.py FOLDER   prints its port; models are FOLDER/USER/NAME; what was sent of weight
+files is written to FOLDER.log, a JSON list [user, where it began, how many bytes] a line.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlparse
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-CUT: set[str] = set()  # files whose first download breaks half-way
+CUTS = [200, 503]  # what the user "cut" gets for weights: half of them, then nothing, then all
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -77,8 +78,10 @@ class Hub(BaseHTTPRequestHandler):
             return
         huge = 10**16 if user == "huge" else 0
         siblings = [
-            {"rfilename": p.name, "size": p.stat().st_size + huge} for p in sorted(folder.iterdir())
-        ]
+            {"rfilename": p.name, "size": p.stat().st_size + huge,
+             **({"lfs": lfs(p)} if p.suffix == ".safetensors" else {})}
+            for p in sorted(folder.iterdir())
+        ]  # fmt: skip
         body = {"id": f"{user}/{name}", "modelId": name, "sha": COMMIT, "siblings": siblings,
                 "private": False, "tags": [], "downloads": 0, "likes": 0}  # fmt: skip
         self.reply(200, json.dumps(body).encode(), Content_Type="application/json")
@@ -99,24 +102,32 @@ class Hub(BaseHTTPRequestHandler):
         tag = hashlib.sha256(body).hexdigest()
         headers = {"ETag": f'"{tag}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
         wanted = self.headers.get("Range")
-        breaks = folder.parent.name == "cut" and name.endswith("safetensors") and name not in CUT
-        if self.command == "GET" and breaks:
-            CUT.add(name)
-            self.send_response(200)
-            for key, value in headers.items():
-                self.send_header(key.replace("_", "-"), value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body[: len(body) // 2])
+        start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
+        if wanted:
+            headers["Content_Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        weights = self.command == "GET" and name.endswith("safetensors")
+        cut = CUTS.pop(0) if weights and CUTS and folder.parent.name == "cut" else None
+        if cut == 503:
+            return self.reply(503, b"{}")
+        send = body[start : len(body) // 2] if cut else body[start:]
+        if weights:
+            with open(f"{self.root}.log", "a") as log:
+                log.write(json.dumps([folder.parent.name, start, len(send)]) + "\n")
+        self.send_response(206 if wanted else 200)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(send)
             self.wfile.flush()
-            self.close_connection = True
-            return
-        if wanted and self.command == "GET":
-            start = int(wanted.removeprefix("bytes=").split("-")[0])
-            span = f"bytes {start}-{len(body) - 1}/{len(body)}"
-            self.reply(206, body[start:], Content_Range=span, **headers)
-            return
-        self.reply(200, body, **headers)
+        self.close_connection = bool(cut)
+
+
+def lfs(path: Path) -> dict[str, object]:
+    """What the Hub says of a large file."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest, "pointerSize": 134}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,21 @@ def test_bad_input(place: Path, case: str) -> None:
     assert done.returncode != 0
     assert said in done.stderr.replace("\n", " "), done.stderr
     assert sorted(p for p in place.rglob("*") if "cache" not in p.parts) == before
+
+
+def test_an_unknown_layout_gets_the_users_own_command_whole(place: Path) -> None:
+    (place / "odd rows.jsonl").write_text('{"asks": "q", "tells": "a"}\n')
+    given = ["train", "odd rows.jsonl", "--model", "model", "--max-steps", "3", "--dry-run"]
+    done = run(place, *given)
+    assert done.returncode == 1
+    _, ready = done.stderr.split("fix:")
+    command = shlex.split(ready)
+    assert command == ["tsugiki", *given, "--columns", "prompt=asks,answer=tells"]
+    done = run(place, *command[1:])
+    assert done.returncode == 0, done.stderr
+    done = run(place, "data", "check", "rows.jsonl", "--model", "model",
+               "--eval-data", "odd rows.jsonl")  # fmt: skip
+    assert "fix:     lay these rows out as the training rows are" in done.stderr
 
 
 def test_an_output_that_cannot_be_is_refused_before_anything_is_read(place: Path) -> None:

@@ -105,34 +105,6 @@ def test_texts_are_whole_documents_and_left_out_beside_rows(tmp_path: Path) -> N
     assert rows.notes == ("2 text files beside the rows are not trained on",)
 
 
-def test_columns_templates_and_an_index(tmp_path: Path) -> None:
-    row = {"q": "which?", "choice0": "a", "choice1": "b", "list": ["x", "y"],
-           "by": {"u": "v"}, "label": 1, "key": "u"}  # fmt: skip
-    path = write(tmp_path, "a.jsonl", lines(row))
-    by_columns = read_rows(path, columns={"prompt": "q", "answer": "choice[label]"})
-    assert told(by_columns) == [[("user", "which?"), ("assistant", "b")]]
-    templated = read_rows(
-        path, prompt_template="Q: {q} {choice0}|{choice1}", answer_template="{list[label]}{by[key]}"
-    )
-    assert told(templated) == [[("user", "Q: which? a|b"), ("assistant", "yv")]]
-    with pytest.raises(DataError, match="both the prompt and the answer"):
-        read_rows(path, columns={"prompt": "q"})
-    for wrong in ("{nowhere}", "{list[7]}", "{list[q]}", "{by[q]}", "{choice[q]}"):
-        with pytest.raises(DataError, match=r"a\.jsonl(:1)?: .*(no column|is not there)"):
-            read_rows(path, prompt_template="{q}", answer_template=wrong)
-
-
-def test_an_unknown_layout_shows_the_columns_and_a_command_that_works(tmp_path: Path) -> None:
-    row = {"q_id": 0, "question": "which?", "choice0": "a", "choice1": "b", "label": 1}
-    path = write(tmp_path, "a.jsonl", lines(row))
-    with pytest.raises(DataError) as caught:
-        read_rows(path)
-    assert "q_id, question, choice0, choice1, label" in str(caught.value)
-    given = str(caught.value.fix).split("--columns ")[1].strip("'")
-    columns = dict(part.split("=") for part in given.split(","))
-    assert told(read_rows(path, columns=columns)) == [[("user", "which?"), ("assistant", "b")]]
-
-
 def turns(*items: object) -> dict[str, object]:
     return {"messages": list(items)}
 
@@ -193,6 +165,13 @@ BAD_TURNS: dict[str, tuple[object, str]] = {
     ),
     "answer empty": (turns(USER, {"role": "assistant", "content": ""}), "the answer is empty"),
     "other layout": (GOOD, "no list 'messages'"),
+    "tools numbers": ({"messages": [USER, ANSWER], "tools": [5]}, "'tools' is not a list of obj"),
+    "calls a text": (
+        turns(USER, {"role": "assistant", "content": "a", "tool_calls": "x"}), "'tool_calls' is not"
+    ),
+    "calls numbers": (
+        turns(USER, {"role": "assistant", "content": None, "tool_calls": [5]}), "'tool_calls' is"
+    ),
     "tools broken": ({"messages": [USER, ANSWER], "tools": "{"}, "'tools' is not valid JSON"),
 }  # fmt: skip
 
@@ -268,6 +247,20 @@ def test_bad_lines_of_a_table(tmp_path: Path, kind: str, line: bytes, reason: st
         ("a.parquet", b"PAR1 not really", "not a whole Parquet file"),
         ("a.xlsx", b"PK", "this kind of file is not read"),
         ("a.jsonl", b"[[1], [2]]\n", "no row can be used"),
+        ("a.csv", b"PK\x03\x04\x00\xff", "is an Excel or ZIP file"),
+        ("a.gz", b"\x1f\x8b\x08", "is a gzip file"),
+        ("a.jsonl", b"PAR1", "name it .parquet"),
+        ("a.txt", "plain".encode("utf-16-le"), "iconv -f utf-16le"),
+        ("a.csv", "質問,回答\nこれは,はい\n".encode("cp932"), "iconv -f cp932"),
+        ("a.csv", "質問,回答\nこれは,はい\n".encode("euc-jp"), "iconv -f euc-jp"),
+        ("a.csv", "question,answer\ncafé,olé\n".encode("latin1"), "iconv -f latin1"),
+        ("a.jsonl", b'{"prompt": "\xff", "completion": "a"}\n', "iconv -f latin1"),
+        ("a.json", b'{"question": ["q"], "answer": ["a"]}', "'question' is not a text"),
+        (
+            "a.json",
+            b'[{"prompt": "a", "completion": ""}, {"prompt": "b", "completion": " "}]',
+            r"a\.json:1: the answer is empty \(and 1 more so\)",
+        ),
     ],
 )
 def test_a_file_without_rows_is_one_clear_error(
@@ -287,8 +280,19 @@ def test_in_a_folder_a_broken_file_is_skipped(tmp_path: Path) -> None:
     assert [Path(s.source).name for s in rows.skipped] == ["a.json", "c.jsonl"]
     with pytest.raises(DataError, match=r"a\.json"):
         read_rows(tmp_path, strict=True)
-    with pytest.raises(DataError, match="there is no file"):
-        read_rows(tmp_path / "missing.jsonl")
+
+
+def test_a_file_that_is_not_there_and_what_was_meant(tmp_path: Path) -> None:
+    path = write(tmp_path, "rows.jsonl", lines(GOOD))
+    for name, said in (
+        (tmp_path / "missing", "check the path of the data"),
+        (tmp_path / "row.jsonl", f"did you mean {path}"),
+        (str(path).replace("/", "\\"), f"did you mean {path}"),
+        ("https://example.com/rows.jsonl", "download it first"),
+    ):
+        with pytest.raises(DataError, match="there is no file") as caught:
+            read_rows(Path(name))
+        assert said in str(caught.value.fix)
 
 
 def test_a_line_beyond_the_limit_is_skipped_without_being_held(
@@ -382,6 +386,9 @@ JSON_VALUES = st.recursive(
 def test_no_value_makes_a_traceback(values: list[object]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder), "a.jsonl", "".join(json.dumps(v) + "\n" for v in values))
+        if len(values) == 1 and isinstance(values[0], list):
+            values = [*values, None]  # one list alone may be the rows themselves
+            path.write_text("".join(json.dumps(v) + "\n" for v in values))
         records = list(read_records(path)) if values else []
         assert len([r for r in records if isinstance(r, Record | Skipped)]) == len(values)
         try:

@@ -163,6 +163,24 @@ def test_every_answer_has_one_example_where_turns_cannot_be_joined() -> None:
         assert answers[-1] == "<t>answer 3<|im_end|>"
 
 
+def test_held_out_rows_of_which_none_can_be_used_are_refused() -> None:
+    question = rows_of(Row((Message("user", "q"),), None, ""))
+    with pytest.raises(DataError, match=r"(?s)no row of --eval-data.*a.jsonl:1: no answer"):
+        prepare(rows_of(pair("q", "a")), chat_of(), max_length=99, eval_rows=question)
+
+
+@pytest.mark.parametrize(
+    ("template", "limit", "way"),
+    [(CHATML, 2, "a larger --max-length"), ("{{ raise_exception('no') }}", 99, "chat_template")],
+)
+def test_the_way_out_where_every_row_is_left_out(template: str, limit: int, way: str) -> None:
+    rows = rows_of(pair("q", "a"), pair("r", "b"))
+    with pytest.raises(DataError, match="nothing would be trained") as caught:
+        prepare(rows, chat_of(template), max_length=limit)
+    assert way in str(caught.value.fix)
+    assert "a.jsonl:1" in str(caught.value.got)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_nothing_to_train_is_refused(strict: bool) -> None:
     with pytest.raises(DataError, match="a.jsonl:1" if strict else "nothing would be trained"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -77,6 +78,18 @@ def missing_tensor(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def other_shape(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["intermediate_size"] *= 2
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def wrong_type(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["hidden_size"] = "text"
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def broken_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
@@ -94,6 +107,8 @@ def unknown_architecture(folder: Path) -> None:
         (truncate, "not a whole safetensors file"),
         (lying_header, "header claims"),
         (missing_tensor, "layers.1.mlp.up_proj"),
+        (other_shape, r"other shape: .*layers\.0\.mlp\.down_proj"),
+        (wrong_type, "hidden_size.*text"),
         (broken_config, "cannot be read"),
         (unknown_architecture, "llamma"),
     ],
@@ -114,7 +129,7 @@ def test_names_that_are_nothing(folder: Path) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[int, Path]]:
-    for user in ("good", "gated", "private", "cut", "huge"):
+    for user in ("good", "gated", "private", "cut", "huge", "other"):
         save_tiny("llama", tmp_path / "hub" / user / "tiny", tiny_tokenizer(CHATML))
     server = subprocess.Popen(
         [sys.executable, str(Path(__file__).parent / "hub_server.py"), str(tmp_path / "hub")],
@@ -183,15 +198,45 @@ def test_the_hub(hub: tuple[int, Path]) -> None:
     assert code != 0
     assert "too little disk space" in said
 
-    code, said = ask(hub, "cut/tiny")
-    if code != 0:  # the client gave up: it must say so, and the next run goes on
-        assert "goes on where it stopped" in said
-        code, said = ask(hub, "cut/tiny")
-    assert code == 0, said
-
     code, said = ask((1, hub[1]), "good/other")
     assert code != 0
     assert "Hub" in said
+
+
+def sent(hub: tuple[int, Path], user: str) -> list[tuple[int, int]]:
+    """(where it began, bytes) of every piece of weights that the Hub sent."""
+    lines = (hub[1] / "hub.log").read_text().splitlines()
+    return [(begin, size) for who, begin, size in map(json.loads, lines) if who == user]
+
+
+def test_a_cut_download_goes_on_in_the_next_run(hub: tuple[int, Path]) -> None:
+    weights = hub[1] / "hub" / "cut" / "tiny" / "model.safetensors"
+    size = 24 << 20  # the client writes ten megabytes at a time
+    weights.write_bytes(os.urandom(size))
+    code, said = ask(hub, "cut/tiny")
+    assert code != 0
+    assert "run the same command again later: what has arrived is kept" in said
+    assert sent(hub, "cut") == [(0, size // 2)]
+    code, said = ask(hub, "cut/tiny")
+    assert code == 0, said
+    assert sent(hub, "cut")[1:] == [(10 << 20, size - (10 << 20))], "not from the start"
+    (arrived,) = (hub[1] / "home").rglob("snapshots/*/model.safetensors")
+    assert arrived.read_bytes() == weights.read_bytes()
+    assert not list((hub[1] / "home").rglob("*.part"))
+
+
+def test_a_part_that_is_not_the_hubs_is_fetched_anew(hub: tuple[int, Path]) -> None:
+    content = (hub[1] / "hub" / "other" / "tiny" / "model.safetensors").read_bytes()
+    blobs = hub[1] / "home" / "hub" / "models--other--tiny" / "blobs"
+    blobs.mkdir(parents=True)
+    part = blobs / f"{hashlib.sha256(content).hexdigest()}.part"
+    part.write_bytes(b"x" * 1000)
+    code, said = ask(hub, "other/tiny")
+    assert code != 0
+    assert "is not what the Hub says it is" in said
+    code, said = ask(hub, "other/tiny")
+    assert code == 0, said
+    assert sent(hub, "other") == [(1000, len(content) - 1000), (0, len(content))]
 
 
 def test_the_commit_of_a_hub_base_is_recorded(hub: tuple[int, Path], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -202,7 +203,7 @@ app.command()(export)
 def data_show(
     source: Annotated[Path, typer.Argument(metavar="DATA", help="rows: a file or a folder")],
     *,
-    count: Annotated[int, typer.Option("--count", help="how many examples")] = 5,
+    count: Annotated[int, typer.Option("--count", min=0, help="how many examples")] = 5,
     as_json: Json = False,
     settings: dict[str, Any],
 ) -> None:
@@ -320,6 +321,9 @@ def main() -> None:
 
 
 def _fail(error: TsugikiError) -> None:
+    if error.flags:  # the user's own command, whole
+        fix = shlex.join(["tsugiki", *sys.argv[1:], *error.flags])
+        error = type(error)(error.problem, got=error.got, allowed=error.allowed, fix=fix)
     sys.stdout.flush()
     if "--json" in sys.argv:
         import json

@@ -81,7 +81,7 @@ class DataConfig(Section):
         "--eval-ratio", "share of rows held out (0 for none); default 0.1, at most 200 rows"
     )
     columns: dict[str, str] = option(
-        "--columns", "which columns hold what: prompt=question,answer=choice[label]", {}
+        "--columns", "what columns hold: prompt=question,answer=choice[label]; text=story", {}
     )
     prompt_template: str | None = option(
         "--prompt-template", "prompt made of columns, e.g. 'Q: {question}'"
@@ -338,9 +338,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UsageError(f"cannot read the config file {path}: {error.strerror}") from None
+        raise UsageError(f"cannot read {path}: {error.strerror}", fix="check --config") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {error}") from None
+        raise UsageError(f"{path} is not valid YAML: {error}", fix="mend that line") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):

@@ -18,6 +18,8 @@ cause is a `TsugikiError`, which the CLI prints without a traceback.
 
 from __future__ import annotations
 
+import shlex
+
 
 class TsugikiError(Exception):
     """An error that a user can mend.
@@ -27,6 +29,7 @@ class TsugikiError(Exception):
         got: what was found, if it helps.
         allowed: what would have been accepted.
         fix: the one thing to do, best as a command that can be pasted.
+        flags: what is missing in the command that was typed; the CLI shows it whole.
     """
 
     exit_code = 1
@@ -38,10 +41,14 @@ class TsugikiError(Exception):
         got: object = None,
         allowed: object = None,
         fix: str | None = None,
+        flags: tuple[str, ...] = (),
     ) -> None:
         self.problem = problem
         self.got = got
         self.allowed = allowed
+        self.flags = flags
+        if flags and fix is None:
+            fix = f"add {shlex.join(flags)}"
         self.fix = fix
         lines = [problem]
         if got is not None:

@@ -16,6 +16,7 @@ from tsugiki.config import SECTIONS, RunConfig, flag_fields, plain_type
 from tsugiki.errors import UsageError
 
 PANELS = {"model": "Base model", "data": "Data", "lora": "Adapter", "train": "Training"}
+ROLES = ("prompt", "answer", "system", "text")  # of --columns
 
 
 def with_config_flags(
@@ -89,16 +90,16 @@ def columns(text: str) -> dict[str, str]:
     """'prompt=question,answer=choice[label]' → {'prompt': 'question', 'answer': 'choice[label]'}.
 
     Raises:
-        UsageError: a part without '=', or a role that is not prompt, answer or system.
+        UsageError: a part without '=', or a role that is not one of these.
     """
     found = {}
     for part in text.split(","):
         role, equals, column = part.partition("=")
-        if not equals or not column.strip() or role.strip() not in ("prompt", "answer", "system"):
+        if not equals or not column.strip() or role.strip() not in ROLES:
             raise UsageError(
                 "--columns is a list of role=column",
                 got=text,
-                allowed="roles: prompt, answer, system",
+                allowed=f"roles: {', '.join(ROLES)}",
                 fix="--columns prompt=question,answer=answer",
             )
         found[role.strip()] = column.strip()

@@ -23,7 +23,6 @@ from tsugiki.adapters.joined import Joined
 from tsugiki.config import RunConfig, build_config
 from tsugiki.data.chat import ChatFormat, Example
 from tsugiki.data.dataset import prepare
-from tsugiki.data.formats import read_rows
 from tsugiki.errors import TsugikiError
 from tsugiki.exporting.gguf import ExportPlan
 from tsugiki.exporting.rounded import rounded_tensors
@@ -34,7 +33,7 @@ from tsugiki.models.hub import ResolvedModel
 from tsugiki.models.kept import as_kept
 from tsugiki.models.load import Base, load_base, load_tokenizer
 from tsugiki.models.spec import ModelSpec, NameMap
-from tsugiki.pipelines import prepare_rows
+from tsugiki.pipelines import prepare_rows, read_held_out
 from tsugiki.planning import free_memory
 from tsugiki.proof.streamed import Numbers, stream, streamed_base
 from tsugiki.training.objective import held_out_loss
@@ -177,14 +176,8 @@ def held_out_rows(
 
 def _all_of(path: Path, config: RunConfig, chat: ChatFormat, context: int) -> Sequence[Example]:
     """Every row of a file, as training would render it."""
-    found = read_rows(
-        path,
-        columns=config.data.columns,
-        prompt_template=config.data.prompt_template,
-        answer_template=config.data.answer_template,
-    )
     return prepare(
-        found,
+        read_held_out(path, config),
         chat,
         max_length=config.data.max_length or context,
         long=config.data.long,

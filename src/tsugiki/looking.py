@@ -89,4 +89,7 @@ def clean_data(source: Path, output: Path, terminal: Terminal) -> None:
             missing=missing,
         )
     if not written:
-        raise DataError(f"no Aozora Bunko text found in {source}")
+        raise DataError(
+            f"no Aozora Bunko text found in {source}",
+            fix="give texts as Aozora Bunko publishes them; others need no cleaning",
+        )

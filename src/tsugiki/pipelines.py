@@ -186,14 +186,16 @@ def prepare_rows(config: RunConfig, chat: ChatFormat, context: int) -> tuple[Row
     Raises:
         DataError: a file that cannot be read, or nothing to train on.
     """
-    rows = _read(config)
+    assert config.data.path is not None
+    rows = _read(config.data.path, config)
+    held_out = config.data.eval_data
     prepared = prepare(
         rows,
         chat,
         max_length=config.data.max_length or context,
         long=config.data.long,
         train_on=config.data.train_on,
-        eval_rows=_read_eval(config),
+        eval_rows=None if held_out is None else read_held_out(held_out, config),
         eval_ratio=config.data.eval_ratio,
         seed=config.train.seed,
         strict=config.data.strict,
@@ -235,27 +237,30 @@ def find_data(config: RunConfig) -> Path:
     return found[0]
 
 
-def _read(config: RunConfig) -> Rows:
-    assert config.data.path is not None
+def _read(path: Path, config: RunConfig) -> Rows:
+    data = config.data
     return read_rows(
-        config.data.path,
-        columns=config.data.columns,
-        prompt_template=config.data.prompt_template,
-        answer_template=config.data.answer_template,
-        strict=config.data.strict,
+        path,
+        columns=data.columns,
+        prompt_template=data.prompt_template,
+        answer_template=data.answer_template,
+        strict=data.strict,
     )
 
 
-def _read_eval(config: RunConfig) -> Rows | None:
-    if config.data.eval_data is None:
-        return None
-    return read_rows(
-        config.data.eval_data,
-        columns=config.data.columns,
-        prompt_template=config.data.prompt_template,
-        answer_template=config.data.answer_template,
-        strict=config.data.strict,
-    )
+def read_held_out(path: Path, config: RunConfig) -> Rows:
+    """Rows of a file of their own, laid out as the training rows are.
+
+    Raises:
+        DataError: as `read_rows`; for another layout no flag is proposed, it would hold for both.
+    """
+    try:
+        return _read(path, config)
+    except DataError as error:
+        if not error.flags:
+            raise
+        fix = "lay these rows out as the training rows are"
+        raise DataError(error.problem, got=error.got, fix=fix) from None
 
 
 def _run_folder(session: Session) -> Path:

@@ -26,6 +26,7 @@ from tsugiki.supervise import memory_left
 PASS_TOKENS = 4096
 # Of what may be used, what a run is planned for: predictions are right within a tenth.
 SHARE = 0.9
+LABELLED_OF_ROW = 250  # labelled tokens that count as one row when epochs are chosen
 CUDA_BYTES = 512 << 20  # a process's share of a GPU before it allocates; not yet measured
 
 
@@ -83,11 +84,19 @@ def choose_rows_per_step(rows: int) -> int:
     return next(count for limit, count in ((200, 4), (1000, 8), (math.inf, 16)) if rows < limit)
 
 
-def choose_epochs(rows: int) -> float:
-    """Passes over the rows; the best held-out state is kept, so too many cost only time."""
-    return next(
-        count for limit, count in ((200, 8), (1000, 6), (10000, 4), (math.inf, 2)) if rows < limit
-    )
+def choose_epochs(rows: int, labelled_tokens: int) -> tuple[float, str]:
+    """Passes over the rows and why; the best held-out state is kept, so too many cost only time.
+
+    The smaller of what the rows and what the labelled tokens allow, LABELLED_OF_ROW of them
+    counting as a row: passes over small data make up for few steps, and long answers hold more to
+    learn in each step. The limits are ours, by the sweep in docs/defaults.md, not published ones;
+    longer answers than its 4 to 214 tokens a row were not swept.
+    """
+    counted = max(rows, labelled_tokens // LABELLED_OF_ROW)
+    limits = ((200, 8), (1000, 6), (10000, 4), (math.inf, 2))
+    epochs = next(count for limit, count in limits if counted < limit)
+    why = f"{rows} rows" if counted == rows else f"{labelled_tokens:,} labelled tokens"
+    return epochs, f"{why}; the best held-out state is kept"
 
 
 def make_plan(
@@ -164,8 +173,7 @@ def make_plan(
     per_step = micro * accumulation
     epochs = asked.epochs
     if epochs is None:
-        epochs = choose_epochs(facts.rows)
-        reasons["train.epochs"] = f"{facts.rows} rows; the best held-out state is kept"
+        epochs, reasons["train.epochs"] = choose_epochs(facts.rows, facts.labelled_tokens)
     per_epoch = max(1, math.ceil(facts.rows / per_step))
     steps = max(1, math.ceil(per_epoch * epochs))
     if asked.max_steps is not None:

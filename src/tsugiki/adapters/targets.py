@@ -32,6 +32,13 @@ WORDS: dict[str, set[str] | None] = {
     "all-linear": None,
 }
 
+# Modules of torch that read these weights without calling their projections, always (attention) or
+# while nothing needs a gradient (their fused path): an adapter there would be left out silently.
+UNCALLED: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.MultiheadAttention: ("out_proj",),
+    nn.TransformerEncoderLayer: ("linear1", "linear2"),
+}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -50,15 +57,26 @@ class Target:
 
 def candidates(model: nn.Module) -> list[Target]:
     """Every projection that can be adapted, in module order; the output head is left out."""
-    head = head_path(model)
+    head, not_called = head_path(model), uncalled(model)
     found = []
     for path, module in model.named_modules():
-        if path == head or not path:
+        if path == head or not path or path in not_called:
             continue
         shape = projection(module)
         if shape is not None:
             found.append(Target(path, shape.kind, shape.in_features, shape.out_features))
     return found
+
+
+def uncalled(model: nn.Module) -> dict[str, str]:
+    """Projections that torch's own modules do not call → the module that reads their weight."""
+    return {
+        f"{path}.{name}" if path else name: type(module).__name__
+        for path, module in model.named_modules()
+        for kind, names in UNCALLED.items()
+        if isinstance(module, kind)
+        for name in names
+    }
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[Target, ...]:
@@ -79,6 +97,7 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[Tar
         roles = WORDS[targets]
         if roles is None:
             _refuse_stacked_experts(model, targets)
+            _refuse_uncalled(model, targets, possible)
             return tuple(possible)
         chosen = [t for t in possible if _role(t.path) in roles]
         if not chosen:
@@ -92,7 +111,7 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[Tar
     wrong, chosen_paths = [], set()
     for name in names:
         matches = {t.path for t in possible if t.path == name or t.path.endswith(f".{name}")}
-        if not matches:
+        if not matches or any(p == name or p.endswith(f".{name}") for p in uncalled(model)):
             wrong.append(_why_not(model, name, possible))
         chosen_paths |= matches
     if wrong or not chosen_paths:
@@ -119,11 +138,24 @@ def _why_not(model: nn.Module, name: str, possible: list[Target]) -> str:
         if path == name or path.endswith(f".{name}"):
             if path == head_path(model):
                 return f"{name}: the output head is not adapted (it may be tied to the embedding)"
-            return f"{name}: a {type(module).__name__} is not a linear projection"
+            if reader := uncalled(model).get(path):
+                return f"{name}: {reader} reads the weight of {path} without calling it"
+            if projection(module) is None:
+                return f"{name}: a {type(module).__name__} is not a linear projection"
     if any(n == name or n.endswith(f".{name}") for n, _ in model.named_parameters()):
         return f"{name}: a bare parameter (stacked experts or a fused tensor) is not supported"
     near = did_you_mean(name, (*WORDS, *_last_names(possible)))
     return f"{name}: no module of that name" + (f"; did you mean {near}?" if near else "")
+
+
+def _refuse_uncalled(model: nn.Module, word: str, possible: list[Target]) -> None:
+    for path, reader in uncalled(model).items():
+        raise AdapterError(
+            f"--targets {word}: {reader} reads the weight of {path} without calling it, "
+            "and no adapter can stand there",
+            allowed=", ".join(t.path for t in possible[:20]),
+            fix="name those that shall be adapted, e.g. LoraConfig(targets=[…])",
+        )
 
 
 def _refuse_stacked_experts(model: nn.Module, word: str) -> None:

@@ -21,6 +21,8 @@ from tsugiki.errors import DataError
 
 IGNORED = -100
 MARKER = "zxqj"
+NO_CALLS = "this chat format writes no tool calls"
+TEMPLATE_REFUSES = "the chat template refuses it"
 FOLDED = "system turn put into the first user turn"
 JOINED = "turns of one role joined"
 
@@ -153,7 +155,7 @@ class ChatFormat:
             raise
         except Exception as error:  # a template may raise anything
             reason = (str(error).strip() or type(error).__name__).split("\n")[0][:160]
-            raise RowProblem(f"the chat template refuses it: {reason}") from None
+            raise RowProblem(f"{TEMPLATE_REFUSES}: {reason}") from None
         if not isinstance(text, str):
             raise RowProblem("the chat template gave no text")
         return text
@@ -275,7 +277,8 @@ class ChatFormat:
             raise RowProblem(f"turn {index + 1}: no stop token after the answer")
         end = len(tail) - tail[::-1].index(self.stop_id)
         if end < 2:
-            raise RowProblem(f"turn {index + 1}: the answer has no tokens")
+            calls = f": {NO_CALLS}" if messages[index].extra else ""
+            raise RowProblem(f"turn {index + 1}: the answer has no tokens{calls}")
         return ids[: len(prompt) + end], len(prompt)
 
     def _example(

@@ -11,8 +11,8 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from tsugiki.data.chat import ChatFormat, Example
-from tsugiki.data.files import Skipped
+from tsugiki.data.chat import NO_CALLS, TEMPLATE_REFUSES, ChatFormat, Example
+from tsugiki.data.files import Skipped, reasons
 from tsugiki.data.formats import RowProblem, Rows
 from tsugiki.data.lengths import fit
 from tsugiki.errors import DataError
@@ -77,17 +77,22 @@ def prepare(
         held = _examples(eval_rows, chat, max_length, long, train_on, extra_skips, ignored, strict)
         skipped += extra_skips
         train = kept
+        if not held:
+            raise DataError(
+                "no row of --eval-data can be used",
+                got=reasons(extra_skips) or "no rows",
+                fix="mend these rows, or leave --eval-data out: then a tenth is held out",
+            )
         shared = {e.key for e in held} & {e.key for e in train}
         if shared:
             notes.append(f"prompts of --eval-data that are in the training rows too: {len(shared)}")
     else:
         train, held = _split(kept, eval_ratio, seed, notes)
     if not any(e.labelled for e in train):
-        reasons = Counter(s.reason for s in skipped).most_common(3)
         raise DataError(
             "nothing would be trained: no row is left",
-            got="; ".join(f"{count} × {reason}" for reason, count in reasons) or "no rows",
-            fix="tsugiki data check FILE lists every row that was left out",
+            got=reasons(skipped) or "no rows",
+            fix=_way_out(skipped),
         )
     twins = _twins(kept)
     if twins:
@@ -168,6 +173,17 @@ def _examples(
                 assert piece.raw or chat.stop_id in piece.labels, f"{piece.source}: no stop token"
                 kept.append(replace(piece, key=example.key))
     return kept
+
+
+def _way_out(skipped: list[Skipped]) -> str:
+    """What helps where every row was left out."""
+    if all(TEMPLATE_REFUSES in skip.reason for skip in skipped):
+        return "mend the base's chat template (chat_template), or take another base"
+    if all(NO_CALLS in skip.reason for skip in skipped):
+        return "take a base whose chat template writes tool calls"
+    if all("--max-length" in skip.reason for skip in skipped):
+        return "a larger --max-length (up to the base's context), or shorter rows"
+    return "mend these rows, or give others"
 
 
 def _twins(kept: list[Example]) -> list[tuple[str, str]]:

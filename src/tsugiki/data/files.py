@@ -7,16 +7,22 @@ reason, never raised: a bad line is the user's data, not an error of the program
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tsugiki.data import aozora
+from tsugiki.data.unreadable import elsewhere, refuse_packed, to_utf8
 from tsugiki.errors import DataError
 
+NOT_UTF8 = "not valid UTF-8"
+SHOWN_REASONS = 3
+WHOLE_LIMIT = 1 << 30  # bytes of a file that is read as one value under the name of lines
 LINE_LIMIT = 32 << 20  # bytes of one line or cell; longer ones are skipped unread
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -49,7 +55,7 @@ def data_files(path: Path) -> list[Path]:
         DataError: nothing there, no permission, or a kind that is not read.
     """
     if not path.exists():
-        raise DataError(f"there is no file {path}", fix="check the path of the data")
+        raise DataError(f"there is no file {path}", fix=elsewhere(path))
     if path.is_dir():
         found = sorted(
             p
@@ -59,14 +65,20 @@ def data_files(path: Path) -> list[Path]:
             and not any(part.startswith(".") for part in p.relative_to(path).parts)
         )
         if not found:
-            raise DataError(f"the folder {path} holds no data files", allowed=", ".join(SUFFIXES))
+            raise DataError(
+                f"the folder {path} holds no data files",
+                allowed=", ".join(SUFFIXES),
+                fix="put the rows there, or name the file that holds them",
+            )
         return [p for p in found if p.suffix.lower() in ROW_SUFFIXES] or found
     if path.suffix.lower() not in SUFFIXES:
+        if path.is_file():
+            refuse_packed(path, "")
         raise DataError(
             f"{path}: this kind of file is not read",
             got=path.suffix or "no suffix",
             allowed=", ".join(SUFFIXES),
-            fix="rename it to what it holds",
+            fix="name it by what it holds, e.g. rows.jsonl, table.csv, text.txt",
         )
     return [path]
 
@@ -81,6 +93,7 @@ def read_records(path: Path) -> Iterator[Record | Skipped]:
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty", fix="give a file with rows")
         suffix = path.suffix.lower()
+        refuse_packed(path, suffix)
         if suffix in (".jsonl", ".ndjson"):
             yield from _jsonl(path)
         elif suffix == ".json":
@@ -167,6 +180,9 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _jsonl(path: Path) -> Iterator[Record | Skipped]:
+    if _is_one_list(path):  # one JSON value under the other name
+        yield from _json(path)
+        return
     for number, raw in _lines(path):
         source = f"{path}:{number}"
         if raw is None:
@@ -175,7 +191,7 @@ def _jsonl(path: Path) -> Iterator[Record | Skipped]:
         try:
             text = decode(raw) if number == 1 else raw.decode()
         except UnicodeDecodeError as error:
-            yield Skipped(source, f"not valid UTF-8 (byte {error.start + 1})")
+            yield Skipped(source, f"{NOT_UTF8} (byte {error.start + 1})")
             continue
         if not text.strip():
             continue
@@ -187,10 +203,25 @@ def _jsonl(path: Path) -> Iterator[Record | Skipped]:
         yield _record(value, source)
 
 
+def _is_one_list(path: Path) -> bool:
+    """Whether the whole file is one list of rows; a list of turns in a line is a row."""
+    with open(path, "rb") as stream:
+        if not stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            return False
+    if path.stat().st_size > WHOLE_LIMIT:
+        return False
+    try:
+        value = parse(decode(path.read_bytes()))
+    except ValueError:  # UnicodeDecodeError is one
+        return False
+    rows = isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
+    return bool(rows) and not _is_dialogue(value)
+
+
 def _record(value: Any, source: str) -> Record | Skipped:
     if isinstance(value, dict):
         return Record(value, source)
-    if isinstance(value, list) and value and all(isinstance(m, dict) for m in value):
+    if isinstance(value, list) and _is_dialogue(value):
         return Record({"messages": value}, source)
     return Skipped(source, f"a row must be an object, this is {_kind(value)}")
 
@@ -201,7 +232,7 @@ def _json(path: Path) -> Iterator[Record | Skipped]:
         value = parse(decode(raw))
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line} is not valid {error.encoding}", fix=_iconv(path)) from None
+        raise DataError(f"{path}:{line} is not valid {error.encoding}", fix=to_utf8(path)) from None
     except ValueError as error:
         if _is_object(raw.strip().split(b"\n", 1)[0]):  # rows, one a line, under the other name
             yield from _jsonl(path)
@@ -229,18 +260,31 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _iconv(path: Path) -> str:
-    return f"iconv -f cp932 -t utf-8 {path} > utf8{path.suffix}  (if it is Japanese text)"
+def reasons(skipped: Sequence[Skipped]) -> str:
+    """Why rows were left out: each reason with its first place and how often, most often first."""
+    first = {skip.reason: skip.source for skip in reversed(skipped)}
+    counts = Counter(skip.reason for skip in skipped).most_common(SHOWN_REASONS)
+    told = [
+        f"{first[reason]}: {reason}" + (f" (and {n - 1} more so)" if n > 1 else "")
+        for reason, n in counts
+    ]
+    more = len(first) - len(counts)
+    return "; ".join([*told, *([f"… {more} more reasons"] if more > 0 else [])])
 
 
 def _is_dialogue(row: list[Any]) -> bool:
-    return bool(row) and all(isinstance(m, dict) for m in row)
+    """Whether a list without a name holds turns, not rows."""
+    return bool(row) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in row)
 
 
 def _table(path: Path, delimiter: str) -> Iterator[Record | Skipped]:
     bad: dict[int, str] = {}  # line → why it cannot be read
     csv.field_size_limit(LINE_LIMIT)
-    reader = csv.reader(_table_lines(path, bad), delimiter=delimiter, strict=True)
+    lines = _table_lines(path, bad)
+    head = next(lines, "")
+    if delimiter not in head:  # as Excel writes it where the comma is the decimal point
+        delimiter = next((mark for mark in ";\t," if mark in head), delimiter)
+    reader = csv.reader(itertools.chain([head], lines), delimiter=delimiter, strict=True)
     names: list[str] | None = None
     while True:
         begin = reader.line_num + 1
@@ -257,8 +301,10 @@ def _table(path: Path, delimiter: str) -> Iterator[Record | Skipped]:
         reasons = [bad[n] for n in range(begin, reader.line_num + 1) if n in bad]
         if names is None:
             if reasons:
-                raise DataError(f"{source}: {reasons[0]}", fix=_iconv(path))
+                raise DataError(f"{source}: {reasons[0]}", fix=to_utf8(path))
             names = [name.strip() for name in cells]
+            if len(names) > 1 and not names[0]:  # as pandas writes the numbers of the rows
+                names[0] = "index"
             if not all(names) or len(set(names)) < len(names):
                 raise DataError(
                     f"{source}: the first line must name every column, each once",
@@ -285,7 +331,7 @@ def _table_lines(path: Path, bad: dict[int, str]) -> Iterator[str]:
             try:
                 text = decode(raw) if number == 1 else raw.decode()
             except UnicodeDecodeError as error:
-                bad[number] = f"not valid UTF-8 (byte {error.start + 1})"
+                bad[number] = f"{NOT_UTF8} (byte {error.start + 1})"
         yield text + "\n"
 
 
@@ -302,13 +348,21 @@ def _parquet(path: Path) -> Iterator[Record | Skipped]:
         for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
-                yield Record(row, f"{path}:{number}")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a whole Parquet file: {str(error)[:200]}") from None
+                yield Record(
+                    {k: None if _is_nan(v) else v for k, v in row.items()}, f"{path}:{number}"
+                )
     except Exception as error:
-        if type(error).__module__.startswith("pyarrow"):
-            raise DataError(f"{path} is not a whole Parquet file: {str(error)[:200]}") from None
+        if isinstance(error, OSError | ValueError) or type(error).__module__.startswith("pyarrow"):
+            raise DataError(
+                f"{path} is not a whole Parquet file: {str(error)[:200]}",
+                fix="copy it again from where it was made",
+            ) from None
         raise
+
+
+def _is_nan(value: Any) -> bool:
+    """What stands for null in tables of numbers."""
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _text(path: Path) -> Iterator[Record | Skipped]:
@@ -322,7 +376,7 @@ def _text(path: Path) -> Iterator[Record | Skipped]:
         line = raw[: error.start].count(b"\n") + 1
         raise DataError(
             f"{path}:{line} is not valid UTF-8",
-            fix=_iconv(path),
+            fix=to_utf8(path),
         ) from None
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if text.strip():

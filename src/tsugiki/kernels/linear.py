@@ -350,7 +350,7 @@ class _Grouped(torch.autograd.Function):
         if group is not None:
             ctx.save_for_backward(flat, group.a, group.s, *pairs)
             ctx.layout = (group.columns, rate, group.seed)
-        return tuple(y.view(*x.shape[:-1], -1) for y in out)
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tsugiki.errors import HubError, ModelError, TsugikiError, did_you_mean
 from tsugiki.files import require_space
+from tsugiki.models.fetching import fetch_weights
 
 WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 UNWANTED = ("*.bin*", "original/*", "onnx/*", "*.gguf", "*consolidated*")
@@ -75,6 +76,7 @@ def _download(name: str, revision: str | None) -> ResolvedModel:
             api = HfApi()
             info = api.model_info(name, revision=revision, files_metadata=True, timeout=30)
             _check_space(name, info, Path(constants.HF_HUB_CACHE))
+            fetch_weights(name, info, _blobs(name, Path(constants.HF_HUB_CACHE)))
             folder = snapshot_download(name, revision=info.sha, **patterns)
     except TsugikiError:
         raise
@@ -128,12 +130,13 @@ def _check_space(name: str, info: object, cache: Path) -> None:
         if wanted and not any(fnmatch(file, p) for p in UNWANTED):
             blob = getattr(sibling, "size", None) or 0
             need += int(blob)
-    have = sum(p.stat().st_size for p in _cached(name, cache) if p.is_file())
+    have = sum(p.stat().st_size for p in _blobs(name, cache).glob("*") if p.is_file())
     require_space(cache, max(0, need - have), f"downloading {name}")
 
 
-def _cached(name: str, cache: Path) -> list[Path]:
-    return list((cache / f"models--{name.replace('/', '--')}" / "blobs").glob("*"))
+def _blobs(name: str, cache: Path) -> Path:
+    """Where the Hub's client keeps a model's files, each under its hash."""
+    return cache / f"models--{name.replace('/', '--')}" / "blobs"
 
 
 def _gated(name: str, why: str) -> HubError:

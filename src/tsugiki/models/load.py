@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from tsugiki.errors import ModelError
+from tsugiki.errors import ModelError, TsugikiError
 from tsugiki.files import human_bytes
 from tsugiki.kernels.backend import describe
 from tsugiki.kernels.batch import ForwardBatch
@@ -136,7 +136,9 @@ def load_tokenizer(
         )
     except Exception as error:  # tokenizers and transformers raise many types for a bad file
         raise ModelError(
-            f"the tokenizer in {folder} cannot be read", got=str(error).strip()[:300]
+            f"the tokenizer in {folder} cannot be read",
+            got=str(error).strip()[:300],
+            fix="copy the tokenizer files of the original model again",
         ) from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
@@ -249,10 +251,13 @@ def _load(folder: Path, dtype: torch.dtype, device: str, trust_remote_code: bool
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, with the tensors named
             )
     except Exception as error:  # transformers raises many types for a bad folder
         raise ModelError(
-            f"the weights in {folder} cannot be loaded", got=str(error).strip()[:400]
+            f"the weights in {folder} cannot be loaded",
+            got=str(error).strip()[:400],
+            fix="copy or download the model again",
         ) from None
     assert isinstance(model, nn.Module)
     missing = sorted(info.get("missing_keys") or [])
@@ -294,7 +299,8 @@ def check_weights(folder: Path) -> None:
                 allowed="*.safetensors",
                 fix="get the safetensors version of this model, or convert it in a place you trust",
             )
-        raise ModelError(f"{folder} has no weights", allowed="*.safetensors")
+        fix = "copy the model's *.safetensors there"
+        raise ModelError(f"{folder} has no weights", allowed="*.safetensors", fix=fix)
     absent = [f.name for f in files if not f.is_file()]
     if absent:
         raise ModelError(
@@ -306,7 +312,7 @@ def check_weights(folder: Path) -> None:
         check_safetensors(file)
 
 
-def check_safetensors(path: Path, error: type[Exception] = ModelError) -> dict[str, list[int]]:
+def check_safetensors(path: Path, error: type[TsugikiError] = ModelError) -> dict[str, list[int]]:
     """Read a header without trusting it; returns tensor name → shape.
 
     Raises:
@@ -315,7 +321,8 @@ def check_safetensors(path: Path, error: type[Exception] = ModelError) -> dict[s
     size = path.stat().st_size
 
     def bad(why: str) -> Exception:
-        return error(f"{path} is not a whole safetensors file: {why}")
+        fix = "copy or download it again"
+        return error(f"{path} is not a whole safetensors file: {why}", fix=fix)
 
     with open(path, "rb") as stream:
         head = stream.read(8)

@@ -232,4 +232,5 @@ def _first(config: Any, *names: str) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300]
+    lines = str(error).strip().split("\n")
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])[:300]

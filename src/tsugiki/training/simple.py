@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
 
 from tsugiki.adapters.attach import lora_modules, training_mode
 from tsugiki.data.chat import IGNORED, Example
@@ -104,20 +104,24 @@ def train(
 @contextlib.contextmanager
 def _made_ready(model: nn.Module) -> Iterator[_Bare]:
     """Our attention and faster modules for a while; then everything is put back."""
-    config = getattr(model, "config", None)
-    choose = getattr(model, "set_attn_implementation", None)
-    if not isinstance(config, PretrainedConfig) or choose is None:
+    known = cast(Any, model)
+    causal = isinstance(model, PreTrainedModel) and known.can_generate()
+    if not causal or known.config.is_encoder_decoder:
         raise AdapterError(
-            "tsugiki.train needs a transformers causal model", got=type(model).__name__
+            "tsugiki.train needs a transformers causal model",
+            got=type(model).__name__,
+            allowed="what AutoModelForCausalLM loads",
+            fix="a loop of your own: after tsugiki.attach only the adapter's parameters have "
+            "requires_grad",
         )
-    flat = probe_isolation(config).holds
-    attention, modes = config._attn_implementation, [(m, m.training) for m in model.modules()]
+    flat, attention = probe_isolation(known.config).holds, known.config._attn_implementation
+    modes = [(m, m.training) for m in model.modules()]
     try:
         (use_flat_attention if flat else use_own_attention)(model)
         yield _Bare(model, tune(model), flat)
     finally:
         untune(model)
-        choose(attention)
+        known.set_attn_implementation(attention)
         for module, mode in modes:
             module.training = mode
 

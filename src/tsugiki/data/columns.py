@@ -1,0 +1,162 @@
+"""Rows of any layout: by named columns, by templates, and the flags to propose for them.
+
+Knows one row at a time; no files and no tokenizer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tsugiki.data.files import Record
+from tsugiki.data.row import Row, RowProblem, column_names, pair, raw_text, text_of
+from tsugiki.errors import DataError, did_you_mean
+
+ASKING = (
+    "question", "prompt", "instruction", "query", "input", "source", "document", "title",
+    "質問", "指示", "問題", "入力",
+)  # fmt: skip
+ANSWERING = (
+    "answer", "response", "completion", "output", "reply", "target", "summary", "sql", "code",
+    "translation", "chosen", "回答", "答え", "応答", "出力",
+)  # fmt: skip
+CLASSES = ("label", "class", "category", "score", "rating")  # answers that are numbers
+FIELD = re.compile(r"\{([^{}\[\]]+)(?:\[([^\[\]]+)\])?\}")
+
+
+@dataclass(frozen=True)
+class Given:
+    """Templates of what a row becomes: prompt and answer (and system), or raw text."""
+
+    prompt: str = ""
+    answer: str = ""
+    system: str = ""
+    text: str = ""
+
+    def row(self, record: Record) -> Row:
+        """Fill the templates; raises RowProblem."""
+        value = record.value
+        if self.text:
+            return raw_text(fill(self.text, value), record.source)
+        system = fill(self.system, value) if self.system else None
+        return pair(fill(self.prompt, value), fill(self.answer, value), system, record.source)
+
+    def refuse_misspelt(self, path: Path, value: Mapping[str, Any]) -> None:
+        """Raises DataError: a column that is named here, and the rows do not have."""
+        for name, index in FIELD.findall(self.prompt + self.answer + self.system + self.text):
+            if not index and name.strip() not in value:
+                near = did_you_mean(name.strip(), [str(key) for key in value])
+                raise DataError(
+                    f"{path}: the rows have no column {name.strip()!r}",
+                    got=column_names(value),
+                    fix=f"did you mean {near!r}?" if near else "name a column that is there",
+                )
+
+
+def given_templates(
+    columns: Mapping[str, str], prompt: str | None, answer: str | None
+) -> Given | None:
+    """What --columns and the templates ask for; None where nothing was.
+
+    Raises:
+        DataError: a prompt without an answer, or the other way round; a template that names no
+            column (a prompt may be the same for every row).
+    """
+    templates = {role: "{" + column + "}" for role, column in columns.items()}
+    templates |= {k: v for k, v in (("prompt", prompt), ("answer", answer)) if v is not None}
+    if not templates:
+        return None
+    if "text" in templates and len(templates) > 1:
+        raise DataError(
+            "raw text has no prompt, answer or system",
+            got=", ".join(f"{role} {template!r}" for role, template in templates.items()),
+            fix="--columns text=story",
+        )
+    if "text" not in templates and not {"prompt", "answer"} <= templates.keys():
+        raise DataError(
+            "columns or templates must name both the prompt and the answer",
+            got=f"prompt {templates.get('prompt')!r}, answer {templates.get('answer')!r}",
+            fix="--columns prompt=question,answer=answer",
+        )
+    for role, template in templates.items():
+        if not FIELD.search(template) and (role == "answer" or set("{}") & set(template)):
+            raise DataError(
+                f"the {role} template names no column",
+                got=template,
+                fix=f"put the name of a column in braces: --{role}-template '{{question}}'",
+            )
+    return Given(**templates)
+
+
+def fill(template: str, value: Mapping[str, Any]) -> str:
+    """A text with {column} and {list[index]} replaced; the index may be a number or a column.
+
+    Where there is no column `list`, `list` + index names the column: with choice0 … choice4 and
+    label, `{choice[label]}` is the right choice.
+
+    Raises:
+        RowProblem: a column that is not there, an index outside.
+    """
+
+    def one(match: re.Match[str]) -> str:
+        name, index = match.group(1).strip(), match.group(2)
+        whole = match.group(0)[1:-1].strip()
+        if index is None or whole in value:
+            return text_of(value, whole)
+        key = value.get(index.strip(), index.strip())
+        if name in value:
+            holder = value[name]
+            try:
+                found = holder[key] if isinstance(holder, dict) else holder[int(key)]
+            except (KeyError, IndexError, ValueError, TypeError):
+                raise RowProblem(f"{name}[{key}] is not there") from None
+            return text_of({name: found}, name)
+        return text_of(value, f"{name}{key}")
+
+    return FIELD.sub(one, template)
+
+
+def propose(value: Mapping[str, Any]) -> tuple[str, ...]:
+    """Flags that read a row of unknown layout, by what its columns are called; () where none do."""
+    plain = [str(k) for k, v in value.items() if type(v) in (str, int, float)]
+    texts = [k for k in plain if isinstance(value[k], str)]
+    if not texts:
+        return ()
+    prompt = _near(texts, ASKING) or texts[0]
+    plain, rest = [k for k in plain if k != prompt], [k for k in texts if k != prompt]
+    lists = [str(k) for k, v in value.items() if isinstance(v, list) and v and type(v[0]) is str]
+    answer = (
+        _indexed(value, plain)
+        or _near(rest, ANSWERING)
+        or (rest[-1] if rest else None)
+        or _near(plain, CLASSES)
+        or next((f"{name}[0]" for name in lists), None)
+    )
+    if answer is None and len(value) > 1:
+        return ()  # the other columns hold what no flag names
+    named = f"text={prompt}" if answer is None else f"prompt={prompt},answer={answer}"
+    if not set("{},=") & set(prompt + (answer or "")):
+        return "--columns", named
+    if answer is None or set("{}") & set(prompt + answer):
+        return ()
+    return "--prompt-template", f"{{{prompt}}}", "--answer-template", f"{{{answer}}}"
+
+
+def _indexed(value: Mapping[str, Any], plain: list[str]) -> str | None:
+    """`choice[label]`, where a column says which of several is the answer."""
+    index = _near(plain, ("label", "answer_idx", "answerkey", "gold"))
+    if index is None:
+        return None
+    for name in value:
+        stem = str(name).rstrip("0123456789")
+        indexed = isinstance(value[name], list | dict) or f"{stem}{value[index]}" in value
+        if indexed and stem not in ("", index):
+            return f"{stem}[{index}]"
+    return None
+
+
+def _near(names: list[str], wanted: tuple[str, ...]) -> str | None:
+    return next((n for w in wanted for n in names if w in n.lower()), None)

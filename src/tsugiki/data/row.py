@@ -1,0 +1,78 @@
+"""One row made uniform, what may be wrong with it, and how its columns are read as text.
+
+Knows no files, no layouts and no tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn; `extra` keeps tool calls and the like for the template."""
+
+    role: str
+    content: str
+    extra: tuple[tuple[str, Any], ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        return {"role": self.role, "content": self.content, **dict(self.extra)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row made uniform: a conversation, or raw text (then messages is empty)."""
+
+    messages: tuple[Message, ...]
+    text: str | None
+    source: str
+    tools: tuple[Any, ...] | None = None
+    instruction: bool = False  # came as instruction(/input)/output: a fallback template may use it
+
+
+class RowProblem(Exception):
+    """Why one row cannot be used; becomes a `Skipped`, never a traceback."""
+
+
+def raw_text(text: str, source: str) -> Row:
+    """A row of raw text; raises RowProblem where it is empty."""
+    if not text.strip():
+        raise RowProblem("the text is empty")
+    return Row((), text, source)
+
+
+def pair(prompt: str, answer: str, system: Any, source: str) -> Row:
+    """One question and its answer; raises RowProblem where either is empty."""
+    messages = [Message("user", prompt), Message("assistant", answer_of(answer))]
+    if isinstance(system, str) and system:
+        messages.insert(0, Message("system", system))
+    if not prompt.strip():
+        raise RowProblem("the prompt is empty")
+    return Row(tuple(messages), None, source)
+
+
+def answer_of(text: str) -> str:
+    """The text; raises RowProblem where it is empty."""
+    if not text.strip():
+        raise RowProblem("the answer is empty")
+    return text
+
+
+def text_of(value: Mapping[str, Any], name: str) -> str:
+    """A column's text or number; raises RowProblem where it is missing, null or something else."""
+    found = value.get(name)
+    if found is None:
+        why = f"the column {name!r} is null" if name in value else f"no column {name!r}"
+        raise RowProblem(f"{why} ({column_names(value)})")
+    if isinstance(found, bool) or not isinstance(found, str | int | float):
+        raise RowProblem(f"the column {name!r} is not a text")
+    return str(found)
+
+
+def column_names(value: Mapping[str, Any]) -> str:
+    """The columns of a row, as messages name them."""
+    return "columns: " + (", ".join(str(k)[:40] for k in list(value)[:12]) or "none")

@@ -1,0 +1,116 @@
+"""Rows of any other layout: columns, templates, the flags proposed for them, odd writers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_data_formats import lines, told, write
+
+from tsugiki.data.formats import read_rows
+from tsugiki.errors import DataError
+from tsugiki.flags import columns
+
+
+def test_columns_templates_and_an_index(tmp_path: Path) -> None:
+    row = {"q": "which?", "choice0": "a", "choice1": "b", "list": ["x", "y"],
+           "by": {"u": "v"}, "label": 1, "key": "u"}  # fmt: skip
+    path = write(tmp_path, "a.jsonl", lines(row))
+    by_columns = read_rows(path, columns={"prompt": "q", "answer": "choice[label]"})
+    assert told(by_columns) == [[("user", "which?"), ("assistant", "b")]]
+    templated = read_rows(
+        path, prompt_template="Q: {q} {choice0}|{choice1}", answer_template="{list[label]}{by[key]}"
+    )
+    assert told(templated) == [[("user", "Q: which? a|b"), ("assistant", "yv")]]
+    with pytest.raises(DataError, match="both the prompt and the answer"):
+        read_rows(path, columns={"prompt": "q"})
+    for wrong in ("{nowhere}", "{list[7]}", "{list[q]}", "{by[q]}", "{choice[q]}"):
+        with pytest.raises(DataError, match=r"a\.jsonl(:1)?: .*(no column|is not there)"):
+            read_rows(path, prompt_template="{q}", answer_template=wrong)
+
+
+def test_templates_that_name_no_column_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", lines({"q": "x", "a": "y"}))
+    for prompt, answer in (("{q}", "fine"), ("{q", "{a}"), ("q}", "{a}"), ("{q}", "{a")):
+        with pytest.raises(DataError, match="template names no column"):
+            read_rows(path, prompt_template=prompt, answer_template=answer)
+    same = read_rows(path, prompt_template="Go on:", answer_template="{a}")
+    assert told(same) == [[("user", "Go on:"), ("assistant", "y")]]
+
+
+UNKNOWN: dict[str, tuple[dict[str, object], list[object]]] = {
+    "a label": (
+        {"q_id": 0, "question": "which?", "choice0": "a", "choice1": "b", "label": 1},
+        [("user", "which?"), ("assistant", "b")],
+    ),
+    "Japanese": (
+        {"番号": 1, "指示": "訳せ", "回答": "yes", "出典": "x"},
+        [("user", "訳せ"), ("assistant", "yes")],
+    ),
+    "chosen": (
+        {"prompt": "q", "chosen": "a", "rejected": "b"}, [("user", "q"), ("assistant", "a")]
+    ),
+    "commas": ({"Q, please": "q", "A = b": "a"}, [("user", "q"), ("assistant", "a")]),
+    "brackets": ({"q": "q", "answer[en]": "a"}, [("user", "q"), ("assistant", "a")]),
+    "a class": ({"sentence": "nice", "class": 3}, [("user", "nice"), ("assistant", "3")]),
+    "a list": ({"question": "q", "answers": ["a", "b"]}, [("user", "q"), ("assistant", "a")]),
+    "one column": ({"story": "once"}, ["once"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_an_unknown_layout_shows_the_columns_and_flags_that_work(tmp_path: Path, kind: str) -> None:
+    row, wanted = UNKNOWN[kind]
+    path = write(tmp_path, "a.jsonl", lines(row))
+    with pytest.raises(DataError) as caught:
+        read_rows(path)
+    assert ", ".join(row) in str(caught.value)
+    flags = dict(zip(caught.value.flags[::2], caught.value.flags[1::2], strict=True))
+    named = columns(flags["--columns"]) if "--columns" in flags else {}
+    (found,) = read_rows(
+        path,
+        columns=named,
+        prompt_template=flags.get("--prompt-template"),
+        answer_template=flags.get("--answer-template"),
+    ).rows
+    assert [(m.role, m.content) for m in found.messages] or [found.text] == wanted
+
+
+@pytest.mark.parametrize(
+    "row", [{"data": {"question": "q"}}, {"title": "t", "paragraphs": [{}]}, {"{": "q", "}": "a"}]
+)
+def test_no_flags_are_proposed_that_would_not_work(tmp_path: Path, row: dict[str, object]) -> None:
+    with pytest.raises(DataError, match="make each row an object with a prompt and") as caught:
+        read_rows(write(tmp_path, "a.jsonl", lines(row)))
+    assert caught.value.flags == ()
+
+
+def test_rows_as_programs_write_them(tmp_path: Path) -> None:
+    pairs = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(3)]
+    wanted = [[("user", p["question"]), ("assistant", p["answer"])] for p in pairs]
+    table = "".join(f"{p['question']};{p['answer']}\n" for p in pairs)
+    for name, content in (
+        ("semicolons.csv", "question;answer\n" + table),
+        ("tabs.csv", "question\tanswer\n" + table.replace(";", "\t")),
+        ("pandas.csv", ",question,answer\n" + "".join(
+            f"{i},{p['question']},{p['answer']}\n" for i, p in enumerate(pairs))),
+        ("one_line.jsonl", json.dumps(pairs)),
+        ("indented.jsonl", json.dumps(pairs, indent=1)),
+    ):  # fmt: skip
+        rows = read_rows(write(tmp_path, name, content))
+        assert (told(rows), rows.skipped) == (wanted, []), name
+    dialogue = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert len(read_rows(write(tmp_path, "turns.jsonl", lines(dialogue, dialogue))).rows) == 2
+    assert len(read_rows(write(tmp_path, "turn.jsonl", json.dumps(dialogue))).rows) == 1
+
+
+def test_nan_is_null_in_parquet(tmp_path: Path) -> None:
+    from pyarrow import Table
+    from pyarrow.parquet import write_table
+
+    table = Table.from_pylist([{"question": "q", "answer": v} for v in (1.5, float("nan"))])
+    write_table(table, tmp_path / "a.parquet")
+    rows = read_rows(tmp_path / "a.parquet")
+    assert told(rows) == [[("user", "q"), ("assistant", "1.5")]]
+    assert "'answer' is null" in rows.skipped[0].reason
