@@ -83,7 +83,9 @@ def test_the_proof_sees_wrong_products(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     quantize_modules(model, "nf4")
     right = QuantizedWeight.matmul
-    monkeypatch.setattr(QuantizedWeight, "matmul", lambda self, x, term=None: right(self, x, term) * 1.001)
+    monkeypatch.setattr(
+        QuantizedWeight, "matmul", lambda self, x, term=None: right(self, x, term) * 1.001
+    )
     tuned = tune(adapted(model))
     assert set(tuned.replaced) == {"norm", "head"}
     assert all("off by" in why for why in tuned.kept)

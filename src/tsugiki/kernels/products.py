@@ -42,7 +42,7 @@ def multiply(
         return F.linear(x, matrix, bias)
     flat = x.reshape(-1, x.shape[-1])
     y = x.new_empty(flat.shape[0], matrix.shape[0])
-    return multiply_into(y, flat, matrix, bias, term=term).view(*x.shape[:-1], -1)
+    return multiply_into(y, flat, matrix, bias, term=term).view(*x.shape[:-1], matrix.shape[0])
 
 
 def multiply_into(
