@@ -52,7 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         home = root / family
         more = {"rope_parameters": LLAMA3} if family == "llama" else {}
         base = save_wide(family, home / "base", TOKENIZER, **more)
-        peft_adapter(base, home / "adapter", lora_alpha=16)
+        peft_adapter(base, home / "adapter")
         write_gguf(plan_export(join(base, home / "adapter"), "x"), "f32", home / "f32.gguf")
         write_gguf(plan_export(join(base, None), "x"), "f32", home / "base.gguf")
         write_lora(plan_lora(join(base, home / "adapter", untie=True), "x"), home / "lora.gguf")
