@@ -269,7 +269,7 @@ def main() -> None:
     # one they wait for off a busy core: a step then takes many times as long (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app(standalone_mode=True)
+        app(prog_name="tsugiki")  # in the child too, which `python -m` started
     except TsugikiError as error:
         fail(error)
     except KeyboardInterrupt:
