@@ -9,7 +9,7 @@ Knows nothing of converting itself. --quantize adds a file of that type; it may 
 
 import sys
 
-from tsugiki.cli import main
+from tsugiki.__main__ import main
 
 NAMES = {
     "--outfile": "--output", "--output-dir": "--output", "--quantize": "--gguf",

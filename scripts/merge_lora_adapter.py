@@ -9,7 +9,7 @@ Knows nothing of merging itself.
 
 import sys
 
-from tsugiki.cli import main
+from tsugiki.__main__ import main
 
 NAMES = {"--base-model": "--model", "--output-dir": "--output", "--torch-dtype": "--dtype"}
 

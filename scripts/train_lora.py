@@ -11,7 +11,7 @@ What is left out comes from the guide (rank 16, rate 5e-5, warm-up 0.3 …), not
 
 import sys
 
-from tsugiki.cli import main
+from tsugiki.__main__ import main
 
 
 def with_guide_preset(arguments: list[str]) -> list[str]:

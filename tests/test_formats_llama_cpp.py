@@ -83,12 +83,12 @@ def llama_by_hand(tensors: dict[str, np.ndarray], tiny: Tiny, ids: list[int]) ->
 def test_strict_logits_are_the_models(llama: LlamaCpp, tmp_path: Path) -> None:
     """Against the same Llama in float64 by hand: within rounding of fp32, whatever the length."""
     path, shape = tmp_path / "model.gguf", Tiny()
-    tensors = write_tiny(path, shape, seed=3)
+    tensors = write_tiny(path, shape, seed=3, spread=0.26)
     prompts = [[1, 259, 265, 266], [int(i) for i in np.random.default_rng(0).integers(0, 274, 256)]]
     for found, prompt in zip(llama.logits(path, prompts), prompts, strict=True):
         expected = llama_by_hand(tensors, shape, prompt)
         assert found.shape == expected.shape
-        assert expected.std() > 1.5
+        assert expected.std() >= 2
         assert np.abs(found - expected).max() < 1e-4 * expected.std()
 
 
@@ -98,7 +98,7 @@ def test_every_architecture_runs_and_takes_an_adapter(
 ) -> None:
     """Prompts alone equal prompts together; an adapter at scale 0 is the base, at 1 it is not."""
     path, lora = tmp_path / "model.gguf", tmp_path / "lora.gguf"
-    tensors = write_tiny(path, Tiny(arch, tied=arch.startswith("gemma")))
+    tensors = write_tiny(path, Tiny(arch, tied=arch.startswith("gemma")), spread=0.29)
     write_lora(
         lora, arch, {n: w.shape for n, w in tensors.items() if w.ndim == 2 and "blk" in n}, 4
     )
@@ -110,7 +110,7 @@ def test_every_architecture_runs_and_takes_an_adapter(
     ):
         np.testing.assert_array_equal(same, found)
     for other, found in zip(llama.logits(path, PROMPTS, lora=lora), together, strict=True):
-        assert np.abs(other - found).max() > 0.5 * found.std()
+        assert np.abs(other - found).max() >= found.std() >= 2
 
 
 def test_an_adapter_is_its_product(llama: LlamaCpp, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_sliding_windows_longer_than_the_probe_are_cut() -> None:
 
 
 def test_logits_of_fixtures_spread() -> None:
-    ids = torch.randint(0, 320, (1, 60))
+    ids = torch.randint(0, 320, (1, 60), generator=torch.Generator().manual_seed(2))
     for family in FAMILIES:
         with torch.no_grad():
-            assert float(tiny_model(family)(ids).logits.std()) > 1.5, family
+            assert float(tiny_model(family)(ids).logits.std()) >= 2, family

@@ -54,7 +54,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @cache
     def make(family: str) -> Path:
         base = save_wide(family, root / family / "base", TOKENIZER)
-        peft_adapter(base, root / family / "adapter", lora_alpha=16)
+        peft_adapter(base, root / family / "adapter")
         return root / family
 
     return make
@@ -95,6 +95,24 @@ def test_no_alarm_on_good_pairs(
     report = verify_gguf(adapter, opened(good_file(pair, home, tmp_path)), llama)
     assert report.ok, failures(report)
     assert any(check.step == "5 logits" for check in report.checks)
+
+
+@pytest.mark.parametrize("save", [save_tiny, save_wide])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_pairs_would_show_a_fault(
+    family: str, save: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Logits that spread by 2, which the adapter moves by 1, and somewhere by their whole spread."""
+    adapted = peft_adapter(save(family, tmp_path / "base", TOKENIZER), tmp_path / "adapter").eval()
+    ids = torch.randint(4, len(TOKENIZER), (1, 60), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        logits = adapted(ids).logits
+        with adapted.disable_adapter():  # type: ignore[operator]
+            plain = adapted(ids).logits
+    moved, spread = logits - plain, float(plain.std())
+    assert spread >= 2
+    assert float(moved.square().mean().sqrt()) >= 1
+    assert float(moved.abs().max()) >= spread
 
 
 def test_two_files_and_the_finer_is_the_reference(

@@ -52,7 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         home = root / family
         more = {"rope_parameters": LLAMA3} if family == "llama" else {}
         base = save_wide(family, home / "base", TOKENIZER, **more)
-        peft_adapter(base, home / "adapter", lora_alpha=16)
+        peft_adapter(base, home / "adapter")
         write_gguf(plan_export(join(base, home / "adapter"), "x"), "f32", home / "f32.gguf")
         write_gguf(plan_export(join(base, None), "x"), "f32", home / "base.gguf")
         write_lora(plan_lora(join(base, home / "adapter", untie=True), "x"), home / "lora.gguf")
@@ -136,7 +136,7 @@ def swapped_halves(home: Path, bad: Path) -> None:
 
 def scale_twice(home: Path, bad: Path) -> None:
     whole, base = numbers(home), numbers(home, changed=False)
-    edit(home / "f32.gguf", bad, tensors={n: base[n] + 4 * (whole[n] - base[n]) for n in whole})
+    edit(home / "f32.gguf", bad, tensors={n: base[n] + 2 * (whole[n] - base[n]) for n in whole})
 
 
 def other_template(home: Path, bad: Path) -> None:
@@ -253,7 +253,7 @@ def test_faults_of_an_adapter_beside_its_base(
     name = "blk.0.attn_output.weight"
     a, b = (lora.values(f"{name}.{half}") for half in ("lora_a", "lora_b"))
     cases = {
-        "the scale was applied twice": {f"{name}.lora_b": b * np.float32(4)},
+        "the scale was applied twice": {f"{name}.lora_b": b * np.float32(2)},
         "does not fit": {f"{name}.lora_a": b, f"{name}.lora_b": a},
         "the adapter's part is missing": {f"{name}.lora_a": None, f"{name}.lora_b": None},
         "of another adapter, or swapped": {f"{name}.lora_a": b.T, f"{name}.lora_b": a.T},

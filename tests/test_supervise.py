@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-# A stand-in for `python -m tsugiki`: the same two lines as __main__, then a script of ours.
+# A stand-in for `python -m tsugiki`: what __main__ does in the child, then a script of ours.
 PACKAGE = """
 from tsugiki import supervise
 if supervise.is_worker():
@@ -24,7 +24,7 @@ PARENT = """
 import sys
 from tsugiki import supervise
 outcome = supervise.supervise(sys.argv[1:])
-print(outcome.code, outcome.killed, outcome.run, flush=True)
+print(outcome.code, outcome.killed, outcome.told, flush=True)
 sys.exit(outcome.code)
 """
 
@@ -68,7 +68,7 @@ def start(tmp_path: Path):  # type: ignore[no-untyped-def]
         process.communicate()
 
 
-def gone(pid: int, seconds: float = 10) -> bool:
+def gone(pid: int, seconds: float = 2) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -80,10 +80,10 @@ def gone(pid: int, seconds: float = 10) -> bool:
     return False
 
 
-def test_returns_the_childs_code_and_run_folder(start) -> None:  # type: ignore[no-untyped-def]
-    process, _ = start("from pathlib import Path\nsupervise.name_run(Path('/r/x'))\nsys.exit(7)")
+def test_returns_the_childs_code_and_what_it_told(start) -> None:  # type: ignore[no-untyped-def]
+    process, _ = start("supervise.tell_parent(run='/r/x')\nsys.exit(7)")
     out, _ = process.communicate(timeout=20)
-    assert out.split() == ["7", "False", "/r/x"]
+    assert out.split() == ["7", "False", "{'run':", "'/r/x'}"]
     assert process.returncode == 7
 
 
@@ -119,3 +119,16 @@ def test_signals_reach_the_child_once(start, number: int) -> None:  # type: igno
     os.kill(process.pid, number)
     process.communicate(timeout=20)
     assert process.returncode == 41
+
+
+def test_what_the_parent_ignores_the_child_ignores(start) -> None:  # type: ignore[no-untyped-def]
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process, pid = start("time.sleep(0.5)\nsys.exit(7)")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    for target in (process.pid, pid):
+        os.kill(target, signal.SIGHUP)
+    process.communicate(timeout=20)
+    assert process.returncode == 7

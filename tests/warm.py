@@ -50,11 +50,11 @@ def _parent(arguments: list[str], cwd: Path, errors: Path, environment: dict[str
     os.environ.update(environment)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    from tsugiki import cli, supervise
+    from tsugiki import __main__, supervise
 
     supervise.subprocess = types.SimpleNamespace(Popen=Forked)  # type: ignore[assignment]
     sys.argv = ["tsugiki", *arguments]
-    cli.main()
+    __main__.main()
 
 
 class Forked:

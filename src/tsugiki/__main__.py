@@ -1,10 +1,34 @@
-"""`python -m tsugiki`: the CLI, and the supervised child that must die with its parent."""
+"""`tsugiki` and `python -m tsugiki`: a verb, under a parent if the kernel may kill it for memory.
 
-from tsugiki import supervise
+The parent imports next to nothing; the child dies with it. Knows no verb.
+"""
 
-if supervise.is_worker():
-    supervise.become_worker()
+import sys
 
-from tsugiki.cli import main
+from tsugiki import guarding, supervise
 
-main()
+
+def main() -> None:
+    """Run the verb here, or in a child that this process watches."""
+    if supervise.is_worker():
+        supervise.become_worker()
+    elif guarding.wants_parent(sys.argv[1:]):
+        sys.exit(_watch())
+    from tsugiki.cli import main as run
+
+    run()
+
+
+def _watch() -> int:
+    from tsugiki.errors import TsugikiError
+
+    try:
+        return guarding.watch(sys.argv[1:])
+    except TsugikiError as error:
+        from tsugiki.cli import fail
+
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """The command line: one verb, one function. Parses, prints errors, sets exit codes.
 
-Heavy rooms are imported inside the verbs, so that `tsugiki --help` and the supervising parent
-load no torch. Knows nothing of how a verb does its work.
+Heavy rooms are imported inside the verbs, so that `tsugiki --help` loads no torch. Knows nothing
+of how a verb does its work, nor that some of them run under a parent (`guarding.py`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from tsugiki import __version__, supervise
+from tsugiki import __version__
 from tsugiki.config import RunConfig, build_config, read_yaml
 from tsugiki.doctor import doctor
 from tsugiki.errors import TsugikiError, UsageError
@@ -82,7 +82,9 @@ def train(
         run_config = build_config(stored, settings)
     else:
         run_config = configure(settings, config)
-    _supervised(lambda terminal: _train_here(run_config, terminal, resume, dry_run), as_json)
+    from tsugiki.pipelines import run_training
+
+    run_training(run_config, Terminal(as_json=as_json), resume=resume, dry_run=dry_run)
 
 
 app.command("train")(with_config_flags(train))
@@ -99,12 +101,6 @@ def configure(settings: dict[str, Any], config: Path | None) -> RunConfig:
     return build_config(preset(name) if name else {}, from_file, settings)
 
 
-def _train_here(config: RunConfig, terminal: Terminal, resume: Path | None, dry_run: bool) -> None:
-    from tsugiki.pipelines import run_training
-
-    run_training(config, terminal, resume=resume, dry_run=dry_run)
-
-
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="folder for the run and its report")] = Path(
@@ -115,12 +111,9 @@ def demo(
 ) -> None:
     """Train the embedded model on bundled rows and show everything (about 3 minutes, offline)."""
 
-    def work(terminal: Terminal) -> None:
-        from tsugiki.demo.show import run_demo
+    from tsugiki.demo.show import run_demo
 
-        run_demo(output, terminal, seed=seed)
-
-    _supervised(work, as_json)
+    run_demo(output, Terminal(as_json=as_json), seed=seed)
 
 
 app.command()(generate)
@@ -265,35 +258,6 @@ app.command("quantize-base")(quantize_base)
 app.command("doctor")(doctor)
 
 
-def _supervised(work: Any, as_json: bool) -> None:
-    """Do `work` in a child whose death by memory the parent explains; in the child, do it."""
-    terminal = Terminal(as_json=as_json)
-    if supervise.is_worker():
-        work(terminal)
-        return
-    outcome = supervise.supervise(sys.argv[1:])
-    if outcome.killed:
-        _explain_kill(outcome, terminal)
-    raise typer.Exit(outcome.code)
-
-
-def _explain_kill(outcome: supervise.Outcome, terminal: Terminal) -> None:
-    sure = (
-        "the kernel killed the run for memory"
-        if outcome.out_of_memory
-        else "the run was killed (SIGKILL); without a kill by hand this means out of memory"
-    )
-    ways = (
-        "--quantize nf4, --gradient-checkpointing always, "
-        "--batch-size 1 --gradient-accumulation-steps 16, --lora-r 8, fewer --targets, "
-        "a smaller --max-length"
-    )
-    lines = [f"error: {sure}.", f"  less memory: {ways}"]
-    if outcome.run is not None:
-        lines.append(f"  go on as it was: tsugiki train --resume {outcome.run}")
-    terminal.errors.print("\n".join(lines), markup=False)
-
-
 def main() -> None:
     """Run the CLI; every TsugikiError becomes a message and an exit code, never a traceback."""
     from tsugiki.errors import TsugikiError
@@ -306,9 +270,9 @@ def main() -> None:
     # one they wait for off a busy core: a step then takes many times as long (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app(standalone_mode=True)
+        app(prog_name="tsugiki")  # in the child too, which `python -m` started
     except TsugikiError as error:
-        _fail(error)
+        fail(error)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
@@ -317,10 +281,11 @@ def main() -> None:
         sys.exit(141)
     except OSError as error:  # a path that the system refuses: too long, no permission on the way
         place = "" if error.filename is None else f"{str(error.filename)[:80]}: "
-        _fail(TsugikiError(f"{place}{error.strerror or error}", fix="check the path"))
+        fail(TsugikiError(f"{place}{error.strerror or error}", fix="check the path"))
 
 
-def _fail(error: TsugikiError) -> None:
+def fail(error: TsugikiError) -> NoReturn:
+    """Print an error, for machines too where --json asks for it, and leave with its code."""
     if error.flags:  # the user's own command, whole
         fix = shlex.join(["tsugiki", *sys.argv[1:], *error.flags])
         error = type(error)(error.problem, got=error.got, allowed=error.allowed, fix=fix)

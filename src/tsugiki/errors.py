@@ -13,6 +13,7 @@ cause is a `TsugikiError`, which the CLI prints without a traceback.
     ├── DiskError           too little space, no permission
     ├── NonFiniteError      NaN or inf in loss or gradients
     ├── MemoryLimitError    the machine's or device's memory does not suffice
+    │   └── KilledError     the kernel killed the process for it                (exit 137)
     └── Interrupted         stopped by a signal; the run is saved           (exit 128 + signal)
 """
 
@@ -96,6 +97,12 @@ class NonFiniteError(TsugikiError):
 
 class MemoryLimitError(TsugikiError):
     """Out of memory, seen before or after it happened."""
+
+
+class KilledError(MemoryLimitError):
+    """The kernel killed the process that did the work; told by its parent."""
+
+    exit_code = 137
 
 
 class Interrupted(TsugikiError):

@@ -99,63 +99,81 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` when the block ends well.
 
     The contents are fsynced before the rename. With `replace`, an existing target is moved
-    aside first and removed after. Leftovers of a killed writer are named `.NAME.*.tmp`;
-    `sweep_temporary` removes them.
+    aside first and removed after. What killed writers of it left is removed first.
 
     Raises:
         DiskError: disk full, no permission; `target` is as before.
         RunError: `target` exists and `replace` is false.
     """
-    if target.exists() and not replace:
-        raise RunError(
-            f"{target} exists already", fix="choose another name, or remove the folder first"
-        )
-    temporary: Path | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(
-            tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-        )
-        os.chmod(temporary, 0o755)
-        yield temporary
-        fsync_tree(temporary)
-        if target.exists():
-            aside = temporary.with_suffix(".old.tmp")
-            os.rename(target, aside)
-            try:
+        sweep_left_over(target)
+        if target.exists() and not replace:
+            raise RunError(
+                f"{target} exists already", fix="choose another name, or remove the folder first"
+            )
+        with scratch_folder(target) as temporary:
+            os.chmod(temporary, 0o755)
+            yield temporary
+            fsync_tree(temporary)
+            if target.exists():
+                aside = temporary.with_suffix(".old.tmp")
+                os.rename(target, aside)
+                try:
+                    os.rename(temporary, target)
+                except OSError:
+                    os.rename(aside, target)
+                    raise
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
                 os.rename(temporary, target)
-            except OSError:
-                os.rename(aside, target)
-                raise
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            os.rename(temporary, target)
-        fsync_folder(target.parent)
+            fsync_folder(target.parent)
     except OSError as error:
         raise as_disk_error(error, target) from error
+
+
+@contextlib.contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that is gone after; of a killed owner, swept with `target`'s own."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    name = tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    try:
+        with held(Path(name)):
+            yield Path(name)
     finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(name, ignore_errors=True)
 
 
-def sweep_temporary(folder: Path) -> list[Path]:
+def sweep_temporary(folder: Path, name: str = "*") -> list[Path]:
     """Remove what killed writers left in `folder`; returns what was removed.
 
-    A replaced folder whose new version never arrived is put back.
+    One that is still at work is left alone. A replaced folder whose new version never arrived is
+    put back.
+
+    Args:
+        name: of what they wrote, as a pattern.
     """
     removed = []
-    for left in sorted(folder.glob(".*.tmp")):
+    for left in sorted(folder.glob(f".{name}.*.tmp")):
         if left.name.endswith(".old.tmp"):
             original = folder / left.name[1:].rsplit(".", 3)[0]
             if not original.exists():
                 os.rename(left, original)
                 continue
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+        try:
+            with held(left):
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
+        except (BlockingIOError, FileNotFoundError):
+            continue
         removed.append(left)
     return removed
+
+
+def sweep_left_over(target: Path) -> None:
+    """Remove what killed writers of `target` left beside it; one still at work is left alone."""
+    sweep_temporary(target.parent, glob.escape(target.name))
 
 
 @contextlib.contextmanager
@@ -203,24 +221,6 @@ def held(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def sweep_left_over(target: Path) -> None:
-    """Remove what killed writers of `target` left beside it; one still at work is left alone."""
-    if not target.parent.is_dir():
-        return
-    for left in sorted(target.parent.glob(f".{glob.escape(target.name)}.*.tmp")):
-        handle = os.open(left, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -23,11 +23,9 @@ from tsugiki.adapters.record import BaseIdentity
 from tsugiki.errors import ModelError, RunError, UsageError
 from tsugiki.files import (
     atomic_folder,
-    held,
     read_json,
     require_space,
     sha256_file,
-    sweep_left_over,
 )
 from tsugiki.models.families import HEAD, disk_name, embedding_name
 from tsugiki.models.shards import (
@@ -158,9 +156,8 @@ def write_merged(plan: MergePlan, output: Path) -> Merged:
     """
     if output.exists():
         raise RunError(f"{output} exists already", fix="choose another --output, or remove it")
-    sweep_left_over(output)
     require_space(output, plan.need, "the merged model")
-    with atomic_folder(output) as temporary, held(temporary), one_thread():
+    with atomic_folder(output) as temporary, one_thread():
         for file in _beside(plan.base.folder):
             shutil.copyfile(file, temporary / file.name)
         digests: dict[str, str] = {}

@@ -114,7 +114,7 @@ def run_prepared(
     )
     for note in base.notes:
         terminal.say("note", Text(note, style="dim"), text=note)
-    supervise.name_run(folder.absolute())
+    supervise.tell_parent(run=str(folder.absolute()))
     return base, _train(session, base, folder, terminal, resumed=resumed)
 
 

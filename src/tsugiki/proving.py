@@ -5,7 +5,6 @@ The order of the work and what a user reads; what is compared is `proof/gguf`'s.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from rich.text import Text
 
 from tsugiki.errors import DiskError
 from tsugiki.exporting.gguf import plan_export, write_gguf
-from tsugiki.files import require_space
+from tsugiki.files import require_space, scratch_folder
 from tsugiki.joining import open_either, tell_report
 from tsugiki.models.kept import as_kept
 from tsugiki.planning import free_memory
@@ -110,8 +109,8 @@ def prove_lora(reference: Artefact, lora: Path, terminal: Terminal) -> Proof:
 
     plan = plan_export(join(reference.stored.folder, None), "base")
     kind = plan.exact_type()
-    with tempfile.TemporaryDirectory(dir=lora.parent, prefix=".base.", suffix=".tmp") as folder:
-        base = Path(folder) / f"{kind}.gguf"
+    with scratch_folder(lora) as folder:
+        base = folder / f"{kind}.gguf"
         try:
             require_space(base, plan.need(kind), "the base, for the proof")
             write_gguf(plan, kind, base)

@@ -7,7 +7,6 @@ The order of the stages and what a user reads between them; the work is in `expo
 from __future__ import annotations
 
 import shlex
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from tsugiki.exporting.gguf_lora import plan_lora, write_lora
 from tsugiki.exporting.launch import run_gguf, run_lora, run_portable
 from tsugiki.exporting.ollama import modelfile, read_wording, stop_texts
 from tsugiki.exporting.vocabulary import chat_of
-from tsugiki.files import atomic_write, human_bytes, require_space
+from tsugiki.files import atomic_file, human_bytes, require_space, scratch_folder
 from tsugiki.formats.gguf_encode import DIRECT
 from tsugiki.formats.mixes import find_kind
 from tsugiki.models.hub import ResolvedModel, resolve_model
@@ -99,8 +98,8 @@ def export_gguf(
         need=need,
         output=str(first.parent),
     )
-    require_space(first, need, "the exported files")
     will_write(paths.values())
+    require_space(first, need, "the exported files")
     done = []
     for kept, group in groups.items():
         files = _written_on(plans[kept], exact, group, terminal)
@@ -146,7 +145,9 @@ def _modelfile(joined: Joined, gguf: Path, stem: str, terminal: Terminal) -> Pat
     if path.exists():
         tell_note(terminal, f"{path} exists already and is left as it is")
         return path
-    atomic_write(path, modelfile(f"./{gguf.name}", wording, stop_texts(chat) if chat else []))
+    text = modelfile(f"./{gguf.name}", wording, stop_texts(chat) if chat else [])
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 
@@ -314,10 +315,8 @@ def _written_on(
     if exact in paths:
         source = paths[exact]
         return done + [_quantise(source, name, path, terminal) for name, path in wanted.items()]
-    place = next(iter(wanted.values())).parent
-    place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place, prefix=".exact.", suffix=".tmp") as temporary:
-        source = Path(temporary) / f"{exact}.gguf"
+    with scratch_folder(next(iter(wanted.values()))) as temporary:
+        source = temporary / f"{exact}.gguf"
         write_gguf(plan, exact, source)
         return done + [_quantise(source, name, path, terminal) for name, path in wanted.items()]
 

@@ -1,7 +1,8 @@
 """A Ctrl-C in work that cannot go on from its middle: what stopped, what is whole, how to go on.
 
-Writers leave nothing half-written however they end (files.py); this only says so. Training, which
-saves and resumes, has signals of its own (training/signals.py). Knows nothing of what is done.
+Writers leave nothing half-written however they end (files.py); this only says so, and tells the
+parent (supervise.py), which says it of a work that the kernel killed. Training, which saves and
+resumes, has signals of its own (training/signals.py). Knows nothing of what is done.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from tsugiki.errors import Interrupted
+from tsugiki.files import sweep_left_over
+from tsugiki.supervise import tell_parent
 
 AGAIN = "run the same command again"
 _outputs: ContextVar[list[Path] | None] = ContextVar("outputs", default=None)
@@ -31,15 +34,12 @@ def stoppable(work: str, again: str = "") -> Iterator[None]:
     """
     outputs: list[Path] = []
     before = _outputs.set(outputs)
+    tell_parent(work=work, again=again)
     try:
         yield
     except KeyboardInterrupt:
-        whole = ", ".join(str(path) for path in outputs if path.exists())
-        kept = f"; whole, not proven: {whole}" if whole else ""
-        rest = f"remove it, or leave it out, and {AGAIN}" if whole else AGAIN
-        raise Interrupted(
-            f"{work} was stopped; nothing half-written is left{kept}", signal.SIGINT, again or rest
-        ) from None
+        left, rest = what_is_left(outputs)
+        raise Interrupted(f"{work} was stopped; {left}", signal.SIGINT, again or rest) from None
     finally:
         _outputs.reset(before)
 
@@ -47,8 +47,21 @@ def stoppable(work: str, again: str = "") -> Iterator[None]:
 def will_write(paths: Iterable[Path]) -> None:
     """Tell the stoppable work around, if any, what it is about to write.
 
-    What is there already is not its own, and is left out.
+    What is there already is not its own, and is left out. What killed writers left of the rest is
+    removed, before anybody counts the space on the disk.
     """
+    new = [path for path in paths if not path.exists()]
+    for path in new:
+        sweep_left_over(path)
     outputs = _outputs.get()
     if outputs is not None:
-        outputs += [path for path in paths if not path.exists()]
+        outputs += new
+        tell_parent(outputs=[str(path) for path in outputs])
+
+
+def what_is_left(outputs: Iterable[Path]) -> tuple[str, str]:
+    """What is told of outputs whose making ended in the middle, and how to do the rest."""
+    whole = ", ".join(str(path) for path in outputs if path.exists())
+    kept = f"; whole, not proven: {whole}" if whole else ""
+    rest = f"remove it, or leave it out, and {AGAIN}" if whole else AGAIN
+    return f"nothing half-written is left{kept}", rest

@@ -3,22 +3,21 @@
 On a CPU, out of memory is SIGKILL, not an exception: only another process can say so and how to
 go on. The parent imports no torch, forwards signals, returns the child's code. The child cannot
 outlive it: PR_SET_PDEATHSIG on Linux, and everywhere a thread that waits on a pipe which only the
-parent holds open. Knows nothing of what the child does but the run folder that it names.
+parent holds open. Knows nothing of what the child does but what it tells.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
+from typing import Any, NamedTuple
 
 PARENT = "TSUGIKI_PARENT"
 LIFELINE = "TSUGIKI_LIFELINE"
@@ -27,19 +26,19 @@ PR_SET_PDEATHSIG = 1
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How the child ended.
 
     code: its exit code, or 128 + signal. killed: by a SIGKILL that we did not send.
     out_of_memory: the kernel's own count of memory kills went up meanwhile.
-    run: the run folder that the child named, if any.
+    peak: the most bytes it held at once, mapped files among them. told: what `tell_parent` said.
     """
 
     code: int
     killed: bool
     out_of_memory: bool
-    run: Path | None
+    peak: int
+    told: dict[str, Any]
 
 
 def is_worker() -> bool:
@@ -51,7 +50,8 @@ def supervise(arguments: list[str]) -> Outcome:
     """Run `python -m tsugiki ARGUMENTS` as a child until it ends.
 
     The child gets a process group of its own: a Ctrl-C in the terminal reaches the parent alone,
-    which forwards it once, so that the child's second-Ctrl-C rule counts right.
+    which forwards it once, so that the child's second-Ctrl-C rule counts right. What is ignored
+    here (nohup, a job in the background) is ignored there.
     """
     lifeline_read, lifeline_write = os.pipe()
     status_read, status_write = os.pipe()
@@ -79,7 +79,8 @@ def supervise(arguments: list[str]) -> Outcome:
         if child is not None:
             child.send_signal(signal.SIGCONT)
 
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    heard = [number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in heard}
     before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, suspend)
     try:
         child = subprocess.Popen(
@@ -98,15 +99,21 @@ def supervise(arguments: list[str]) -> Outcome:
             signal.signal(number, handler)
         os.close(lifeline_write)
     said = b""
-    while piece := os.read(status_read, 4096):
-        said += piece
+    os.set_blocking(status_read, False)  # whoever else may hold the other end is not waited for
+    with contextlib.suppress(BlockingIOError):
+        while piece := os.read(status_read, 4096):
+            said += piece
     os.close(status_read)
-    folder = said.decode(errors="surrogateescape").strip().split("\n")[-1]
+    told: dict[str, Any] = {}
+    for line in said.splitlines():
+        told |= json.loads(line)
+    held = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return Outcome(
         code=code if code >= 0 else 128 - code,
         killed=code == -signal.SIGKILL,
         out_of_memory=memory_kills() > kills_before,
-        run=Path(folder) if folder else None,
+        peak=held if sys.platform == "darwin" else held << 10,
+        told=told,
     )
 
 
@@ -114,6 +121,8 @@ def become_worker() -> None:
     """Called first in the child, before anything heavy is imported: die with the parent."""
     parent = int(os.environ[PARENT])
     if sys.platform == "linux":
+        import ctypes
+
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -128,14 +137,19 @@ def become_worker() -> None:
     threading.Thread(target=wait_for_parent, daemon=True, name="lifeline").start()
 
 
-def name_run(folder: Path) -> None:
-    """Tell the parent which run folder this is, for its message; nothing when unsupervised."""
+def tell_parent(**what: object) -> None:
+    """What the parent shall know of this process when it is killed; nothing when unsupervised.
+
+    The parent reads it at the end, so that all of it together must fit a pipe (64 KB on Linux).
+    """
     if is_worker():
-        os.write(int(os.environ[STATUS]), f"{folder}\n".encode(errors="surrogateescape"))
+        os.write(int(os.environ[STATUS]), json.dumps(what).encode() + b"\n")
 
 
 def memory_left() -> int:
     """Bytes that the machine, or the container around this process, has left."""
+    import psutil  # not at the top: it would be a fifth of the parent's start
+
     left = int(psutil.virtual_memory().available)
     with contextlib.suppress(OSError, ValueError):
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()

@@ -66,9 +66,11 @@ LIMITS = {
     "Q3_K": Limits(0.5, 1.2, 0.3, 0.8), "Q2_K": Limits(0.8, 1.35, 1.0, 2.0),
 }  # fmt: skip
 BIT = 0.1  # Q4_0 has no fewer bits than Q4_K, Q5_1 more than Q5_K
-# In F32 nothing is rounded but sums (a random model amplifies them to 2e-4), and GELU, which ggml
-# takes from a table in F16: max |difference| / spread, mean KL, ratio.
-EXACT, RANDOM, WITH_TABLE = (1e-4, 1e-6, 1e-4), (1e-3, 1e-6, 1e-3), (5e-3, 1e-4, 1e-3)
+# In F32 nothing is rounded but sums, and GELU, which ggml takes from a table in F16:
+# max |difference| / spread, mean KL, ratio. Measured with SiLU: 2e-6 on models as transformers
+# draws them, 1e-5 to 7e-5 on wider ones and their adapters; 1.7e-4 only where random queries and
+# keys have scores that choose one token alone, most of it llama.cpp's distance from float64.
+EXACT, WITH_TABLE = (1e-4, 1e-6, 1e-4), (5e-3, 1e-4, 1e-3)
 GELU = ("gemma2", "gemma3", "gpt2")
 
 
@@ -141,7 +143,7 @@ def _judged(read: Reading, theirs: Tensor, file: GgufArtefact, bounds: Bounds) -
     ours, probe, learnt = read.logits, read.probe, read.learnt
     far, kind = distance(ours, theirs), file.coarsest
     if kind.name == "F32":
-        own = WITH_TABLE if file.arch in GELU else EXACT if learnt else RANDOM
+        own = WITH_TABLE if file.arch in GELU else EXACT
         error, kl, ratio = bounds.over(*own)
         checks = closeness(far, len(probe.at), error, kl)
         return [*checks, perplexities(ours, theirs, probe, ratio)]
