@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,7 +29,7 @@ SOURCES = sorted(Path(__file__).parent.glob("*.[ch]pp"))
 SWITCH = "TSUGIKI_COMPILED"  # 0: never compile, always plain torch
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math",
-    "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared",
+    "-ffp-contract=fast", "-fopenmp", "-fPIC",
 )  # fmt: skip
 SECONDS = 120  # for a compiler that hangs
 
@@ -55,9 +56,7 @@ def _built(compiler: list[str]) -> Path:
     command = [*compiler, *FLAGS]
     if platform.machine() == "x86_64":
         command.append("-mprefer-vector-width=512")
-    version = subprocess.run(
-        [*compiler, "--version"], capture_output=True, text=True, check=True, timeout=SECONDS
-    ).stdout
+    version = _run([*compiler, "--version"])
     # torch's own OpenMP: a second one would be a second set of threads on the same cores
     openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))[:1]
     texts = [source.read_text() for source in SOURCES]
@@ -70,15 +69,21 @@ def _built(compiler: list[str]) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as folder:
             made = Path(folder) / "bodies.so"
-            subprocess.run(
-                [*command, *units, "-o", str(made), *map(str, openmp)],
-                capture_output=True, text=True, check=True, timeout=SECONDS,
-            )  # fmt: skip
+            parts = [str(Path(folder) / f"{number}.o") for number in range(len(units))]
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(lambda u, o: _run([*command, "-c", u, "-o", o]), units, parts))
+            _run([*command, "-shared", *parts, "-o", str(made), *map(str, openmp)])
             written = Path(folder) / "seal"
             written.write_text(_digest(made))
             os.replace(made, place)
             os.replace(written, seal)
     return place
+
+
+def _run(command: list[str]) -> str:
+    """What it printed; subprocess's own errors where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)
+    return done.stdout
 
 
 def _digest(path: Path) -> str:
