@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from tsugiki.adapters.joined import join
 from tsugiki.data.chat import Example
-from tsugiki.errors import DataError
+from tsugiki.errors import DataError, RunError
 from tsugiki.exporting.gguf import ExportPlan, plan_export, write_gguf
 from tsugiki.formats.gguf_encode import DIRECT
 from tsugiki.formats.gguf_file import open_gguf
@@ -318,6 +318,15 @@ def test_rows_that_are_not_there_are_told(place: Path) -> None:
         merge(place, "wrong", eval_data=place / "nothing.jsonl")
     assert not (place / "wrong").exists()
     shutil.copyfile(other, rows)
+
+
+def test_an_output_that_exists_is_refused_before_anything_is_measured(place: Path) -> None:
+    (place / "mine").mkdir()
+    listening = Listening()
+    with pytest.raises(RunError, match="exists already"):
+        merge_adapter(place / "four", place / "mine", listening)
+    assert [one["kind"] for one in listening.said][-1] == "merge_plan"
+    assert not list((place / "mine").iterdir())
 
 
 def test_types_may_take_different_bases(

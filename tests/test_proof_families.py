@@ -35,8 +35,9 @@ def test_train_merge_export_verify(family: str, tmp_path: Path) -> None:
         return done.output
 
     model = ("--model", base)
-    run("merge", adapter, "--output", merged, "--no-verify", *model)
+    assert "equal in all" in run("merge", adapter, "--output", merged, *model)
     run("export", merged, "--gguf", "f32", "--output", out, "--no-verify")
     (file,) = out.glob("*.gguf")
     told = json.loads(run("verify", adapter, file, "--json", *model).splitlines()[-1])
     assert told["ok"]
+    assert told["whole"]

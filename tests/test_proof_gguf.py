@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import venv
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from families import FAMILIES, save_tiny, save_wide, tiny_model
+from packaging.requirements import Requirement
 from sentencepiece_for_tests import train_pieces, train_unigram
 from test_exporting_gguf import VARIANTS, save_variant
 from test_merging_forms import our_adapter
@@ -20,6 +24,7 @@ from test_merging_peft import peft_adapter
 from test_proof_faults import TOKENIZER, failures
 from typer.testing import CliRunner
 
+import tsugiki
 from tsugiki.adapters.joined import join
 from tsugiki.cli import app
 from tsugiki.demo.show import ship
@@ -202,23 +207,42 @@ def test_bad_names(place: Callable[[str], Path], tmp_path: Path) -> None:
         assert words in str(done.exception), done.exception
 
 
-def test_it_needs_no_llama_cpp_python(
-    place: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every step, where importing llama_cpp fails; what it needs is in the extra [gguf]."""
+def with_the_extra_alone(folder: Path) -> Path:
+    """A Python whose environment holds what tsugiki[gguf] asks for, and nothing else."""
+    venv.create(folder, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "tsugiki.pth").write_text(str(Path(tsugiki.__file__).parent.parent))
+    wanted, seen = [("tsugiki", "gguf")], set()
+    while wanted:
+        name, extra = wanted.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        found = distribution(name)
+        for asked in map(Requirement, found.requires or ()):
+            if asked.marker is None or asked.marker.evaluate({"extra": extra}):
+                wanted += [(asked.name, more) for more in ("", *asked.extras)]
+        for top in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
+            if not top.startswith("__editable__") and not (site / top).exists():
+                (site / top).symlink_to(Path(str(found.locate_file(top))).absolute())
+    return folder / "bin" / "python"
+
+
+def test_it_needs_no_llama_cpp_python(place: Callable[[str], Path], tmp_path: Path) -> None:
+    """Every step, in an environment that has the extra [gguf] and none of the others."""
     home = place("llama")
-    file = good_file("q8_0", home, tmp_path)
-    blocked = tmp_path / "site" / "llama_cpp"
-    blocked.mkdir(parents=True)
-    (blocked / "__init__.py").write_text("raise ImportError('not here')")
-    paths = [str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))  # of llama.cpp's own process
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)  # of this one
-    adapter = open_artefact(str(home / "adapter"), str(home / "base"))
-    with LlamaCpp(1) as llama:
-        report = verify_gguf(adapter, opened(file), llama)
-    assert report.ok, failures(report)
-    assert {check.step[0] for check in report.checks} == set("12345")
+    file = good_file("q4_k_m of an f16", home, tmp_path)
+    python = str(with_the_extra_alone(tmp_path / "env"))
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = partial(subprocess.run, capture_output=True, text=True, check=False, env=own)
+    for absent in ("llama_cpp", "peft", "pytest"):
+        assert f"No module named '{absent}'" in run([python, "-c", f"import {absent}"]).stderr
+    verify = ["-m", "tsugiki", "verify", str(home / "adapter"), file, "--json"]
+    done = run([python, *verify, "--model", str(home / "base")])
+    assert done.returncode == 0, done.stdout + done.stderr
+    checks = json.loads(done.stdout.splitlines()[-2])["checks"]
+    assert {check["step"][0] for check in checks} == set("12345")
+    assert all(check["proven"] for check in checks)
 
 
 def test_a_head_apart_or_tied(llama: LlamaCpp, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tsugiki.adapters.record import recorded_quantization
 from tsugiki.errors import DataError
 from tsugiki.files import human_bytes
 from tsugiki.formats.mixes import find_kind
-from tsugiki.merging import NAMES, Merged, plan_merge, type_code, write_merged
+from tsugiki.merging import NAMES, Merged, plan_merge, require_place, type_code, write_merged
 from tsugiki.models.hub import ResolvedModel
 from tsugiki.stopping import will_write
 from tsugiki.terminal import Terminal
@@ -84,6 +84,7 @@ def merge_adapter(
         need=plan.need,
         output=str(output),
     )
+    require_place(plan, output)  # before anything is measured
     kept, _ = recorded_quantization(plan.changes.record)
     if kept != "none":
         from tsugiki.judging import merged_form, onto

@@ -147,6 +147,17 @@ def type_code(dtype: str) -> str:
     return TYPES[dtype]
 
 
+def require_place(plan: MergePlan, output: Path) -> None:
+    """Refuse a folder that exists, or a disk that cannot hold the model.
+
+    Raises:
+        RunError: the folder exists. DiskError: too little space.
+    """
+    if output.exists():
+        raise RunError(f"{output} exists already", fix="choose another --output, or remove it")
+    require_space(output, plan.need, "the merged model")
+
+
 def write_merged(plan: MergePlan, output: Path) -> Merged:
     """Write the merged folder; a killed writer leaves nothing under this name.
 
@@ -154,9 +165,7 @@ def write_merged(plan: MergePlan, output: Path) -> Merged:
         RunError: the folder exists. DiskError: too little space (told before), or none left.
         ModelError: a weight that the type cannot hold; the tensor is named.
     """
-    if output.exists():
-        raise RunError(f"{output} exists already", fix="choose another --output, or remove it")
-    require_space(output, plan.need, "the merged model")
+    require_place(plan, output)
     with atomic_folder(output) as temporary, one_thread():
         for file in _beside(plan.base.folder):
             shutil.copyfile(file, temporary / file.name)
