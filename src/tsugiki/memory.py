@@ -21,7 +21,7 @@ from tsugiki.models.spec import ModelSpec
 
 # Measured: what a process that trains holds beyond one that has read rows and config (libraries
 # loaded late, compiled products), and beyond the bytes of its tensors (holes between them).
-LATE_BYTES = 150 << 20
+LATE_BYTES = 128 << 20
 TORN = 1.12
 MASTER = 16  # fp32 weight, gradient and AdamW's two moments of one trained parameter
 EVAL_TOKENS = 4096  # of one forward pass of an evaluation (training/objective.py)
