@@ -12,8 +12,9 @@ import hashlib
 import json
 import mmap
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from tsugiki.errors import ModelError
 
+AHEAD = 4  # pieces that wait to be written
 HEADER_LIMIT = 100 << 20  # bytes, the format's own cap
 INDEX = "model.safetensors.index.json"
 QUANTIZED_RECORD = "tsugiki_base.json"  # beside weights in few bits (models/quantized_store.py)
@@ -282,20 +284,27 @@ def one_thread() -> Iterator[None]:
 
 
 class ShardWriter:
-    """One safetensors file, hashed by a second thread while it is written."""
+    """One safetensors file, written by one thread and hashed by another while the caller computes
+    what comes next."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._hash = hashlib.sha256()
+        self._begun: deque[tuple[Future[None], Future[None]]] = deque()
 
     def __enter__(self) -> ShardWriter:
         self._stream = open(self.path, "wb", buffering=0)
-        self._pool = ThreadPoolExecutor(1)
+        self._writing, self._hashing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
-        self._pool.shutdown()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            while self._begun and kind is None:
+                self._settle()
+        finally:
+            for pool in (self._writing, self._hashing):
+                pool.shutdown(cancel_futures=True)
+            self._stream.close()
 
     @property
     def digest(self) -> str:
@@ -316,9 +325,21 @@ class ShardWriter:
         self.write(memoryview(len(text).to_bytes(8, "little") + text))
 
     def write(self, piece: memoryview) -> None:
-        """Append bytes; they may change after this returns."""
-        hashed = self._pool.submit(self._hash.update, piece)
+        """Append bytes, which must not change before the file is closed.
+
+        Raises:
+            OSError: an earlier piece could not be written; that of the last ones comes at the end.
+        """
+        if len(self._begun) == AHEAD:
+            self._settle()
+        hashed = self._hashing.submit(self._hash.update, piece)
+        self._begun.append((self._writing.submit(self._put, piece), hashed))
+
+    def _put(self, piece: memoryview) -> None:
         done = 0
         while done < len(piece):
             done += self._stream.write(piece[done:])
-        hashed.result()
+
+    def _settle(self) -> None:
+        for part in self._begun.popleft():
+            part.result()
