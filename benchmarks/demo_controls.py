@@ -13,7 +13,8 @@ from pathlib import Path
 
 from benchmarks import record
 from tsugiki.data.chat import ChatFormat
-from tsugiki.data.formats import Row, read_rows
+from tsugiki.data.formats import read_rows
+from tsugiki.data.row import Row
 from tsugiki.demo import rows_path
 from tsugiki.demo.show import EXAMPLES, MAX_ANSWER, demo_config, held_out, new_words
 from tsugiki.engine.engine import Engine

@@ -100,7 +100,7 @@ def products(dtype: torch.dtype, tokens: int, hidden: int, wide: int) -> None:
         lowrank.shrink(x, a, rate, 5)
         lowrank.add_product(x, s, a.T, 1.0, rate, 5)
         lowrank.grad_of_a(s, x, rate, 5)
-        product.product(grad, empty(wide, hidden), onto=x, term=(s, a), rate=rate, seed=5)
+        product.product(grad, empty(wide, hidden), out=x, add=True, term=(s, a), rate=rate, seed=5)
     lowrank.add_product(grad, s[:, :RANK], b, 0.5, 0.0, 0)
     lowrank.pair_gradients(grad, s[:, :RANK], b, 0.5, s[:, :RANK].contiguous())
     product.product(x, empty(wide, hidden).T, term=(s[:, :RANK], b.T), scale=0.5)

@@ -9,10 +9,10 @@ import pytest
 from tokenizers_for_tests import CHATML, tiny_tokenizer
 
 from tsugiki.data.chat import FOLDED, IGNORED, JOINED, ChatFormat, Example
-from tsugiki.data.formats import Message, Row, RowProblem
 from tsugiki.data.lengths import fit
 from tsugiki.data.rendering import Watch, check_template
 from tsugiki.data.report import show
+from tsugiki.data.row import Message, Row, RowProblem
 from tsugiki.data.templates import FALLBACKS
 from tsugiki.errors import DataError
 

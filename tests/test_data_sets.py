@@ -13,9 +13,10 @@ from tokenizers_for_tests import CHATML, tiny_tokenizer
 from tsugiki.data.chat import IGNORED, ChatFormat, Example
 from tsugiki.data.dataset import Prepared, prepare
 from tsugiki.data.files import Skipped
-from tsugiki.data.formats import Message, Row, Rows
+from tsugiki.data.formats import Rows
 from tsugiki.data.loader import Loader, epoch_order
 from tsugiki.data.report import counts_table, show
+from tsugiki.data.row import Message, Row
 from tsugiki.errors import DataError, RunError
 
 

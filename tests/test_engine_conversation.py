@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsugiki.data.formats import Message, RowProblem
+from tsugiki.data.row import Message, RowProblem
 from tsugiki.engine.conversation import Conversation
 from tsugiki.errors import UsageError
 

@@ -6,7 +6,7 @@ import pytest
 from engine_tiny import byte_tokenizer, tiny_base
 
 from tsugiki.data.chat import ChatFormat
-from tsugiki.data.formats import Message, Row
+from tsugiki.data.row import Message, Row
 from tsugiki.engine.engine import Engine, Request
 from tsugiki.engine.sampling import Sampling
 from tsugiki.errors import DataError

@@ -12,7 +12,7 @@ from test_merging_forms import our_adapter
 from tokenizers_for_tests import CHATML, tiny_tokenizer
 
 from tsugiki.data.chat import ChatFormat
-from tsugiki.data.formats import Message
+from tsugiki.data.row import Message
 from tsugiki.data.templates import FALLBACKS
 from tsugiki.exporting.ollama import COUNT, conversations, modelfile, read_wording, stop_texts
 from tsugiki.models.hub import ResolvedModel, sprout_folder

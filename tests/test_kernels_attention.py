@@ -13,11 +13,11 @@ from torch import Tensor
 from tsugiki.kernels import attention, backend
 from tsugiki.kernels.attention import packed_attention, reference_attention
 from tsugiki.kernels.batch import ForwardBatch
-from tsugiki.kernels.cpu import compiled
+from tsugiki.kernels.cpu import tiles
 from tsugiki.kernels.tile_attention import tiles_attend
 
 pytestmark = pytest.mark.skipif(
-    not compiled.tiles(), reason="this CPU has no tile registers (Intel AMX), or no compiler"
+    not tiles.ready(), reason="this CPU has no tile registers (Intel AMX), or no compiler"
 )
 CASES = [
     # heads, of keys, width, documents, window, softcap

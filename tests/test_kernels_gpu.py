@@ -19,7 +19,7 @@ from torch import Tensor
 from tsugiki.adapters.attach import attach
 from tsugiki.config import LoraConfig
 from tsugiki.data.chat import Example
-from tsugiki.kernels import attention, backend, flash, linear, loss, lowrank, nf4
+from tsugiki.kernels import attention, backend, flash, loss, lowrank, nf4, products
 from tsugiki.kernels.attention import packed_attention, reference_attention
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.kernels.linear import DenseWeight, LoraTerm, grouped_linear, reference_linear
@@ -42,7 +42,7 @@ TRITON = [family for family in backend.FAMILIES if family != "attention"]
 @pytest.fixture
 def gpu_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every operation takes Triton's bodies, the fused product too."""
-    for module in (backend, linear, lowrank, nf4):
+    for module in (backend, products, lowrank, nf4):
         monkeypatch.setattr(module, "triton_runs", lambda x, family: True)
 
 

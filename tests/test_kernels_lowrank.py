@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from tsugiki.kernels import dropout, lowrank
-from tsugiki.kernels.cpu import compiled
+from tsugiki.kernels.cpu import tiles
 from tsugiki.kernels.lowrank import add_product, grad_of_a, pair_gradients, shrink
 
 pytestmark = pytest.mark.skipif(
-    not compiled.tiles(), reason="this CPU has no tile registers (Intel AMX), or no compiler"
+    not tiles.ready(), reason="this CPU has no tile registers (Intel AMX), or no compiler"
 )
 SHAPES = [(64, 32, 1), (65, 96, 16), (300, 896, 16), (1030, 160, 48), (90, 4864, 33), (257, 64, 64)]
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from tsugiki.kernels import backend, loss, products
-from tsugiki.kernels.cpu import compiled
+from tsugiki.kernels.cpu import tiles
 from tsugiki.kernels.dropout import dropped
 from tsugiki.kernels.linear import DenseWeight
 
 needs_tiles = pytest.mark.skipif(
-    not compiled.tiles(), reason="this CPU has no tile registers (Intel AMX), or no compiler"
+    not tiles.ready(), reason="this CPU has no tile registers (Intel AMX), or no compiler"
 )
 SHAPES = [(64, 64, 32), (65, 33, 64), (97, 40, 896), (1100, 1040, 96), (70, 600, 4864), (64, 1, 64)]
 
@@ -41,7 +41,7 @@ def test_a_product_is_as_near_to_fp64_as_torchs(
     matrix = stored.T.contiguous().T if across else stored
     bias = torch.randn(out, generator=generator).bfloat16()
     wanted = exact(x, stored) + bias.double()
-    assert products._tiles(x, matrix) is compiled, "the tiles are what is tested"
+    assert products._tiles(x, matrix) is tiles, "the tiles are what is tested"
     got = products.multiply(x, matrix, bias)
     plain = torch.nn.functional.linear(x, matrix, bias)
     assert distance(got, wanted) <= 1.01 * distance(plain, wanted)
@@ -73,7 +73,7 @@ def test_a_term_of_low_rank_is_within_the_product(
     ones = torch.ones(rows, out).bfloat16()
     mask = ones.double() if rate == 0 else (dropped(ones, rate, 5) > 0).double() / (1 - rate)
     wanted = exact(x, stored) + 0.7 * mask * exact(s, b)
-    assert products._with_bits(term, ones) is not None, "within is what is tested"
+    assert products.within(term, ones) is not None, "within is what is tested"
     got = products.multiply(x, stored, bias, term)
     rounded = distance((wanted + bias.double()).bfloat16(), wanted + bias.double())
     assert distance(got, wanted + bias.double()) <= 1.05 * rounded
@@ -104,14 +104,14 @@ def test_products_of_codes_are_exact_sums(
     matrix = stored.T.contiguous().T if across else stored
     ones = torch.ones(rows, 1)
     y = torch.zeros(rows, out, dtype=torch.float32)
-    assert products.tiles_for_codes(codes, y) is compiled, "the tiles are what is tested"
-    compiled.multiply_codes(codes, matrix, ones, None, None, y, add=False)
+    assert products.tiles_for_codes(codes, y) is tiles, "the tiles are what is tested"
+    tiles.multiply_codes(codes, matrix, ones, None, None, y, add=False)
     assert torch.equal(y.double(), exact(codes, stored).float().double())
     rows_scale, scale = torch.rand(rows, 1, generator=generator), torch.rand(out)
     bias, y = torch.randn(out), torch.randn(rows, out).to(dtype)
     wanted = exact(codes, stored) * rows_scale.double() * scale.double() + bias.double()
     wanted += y.double()
-    compiled.multiply_codes(codes, matrix, rows_scale, scale, bias, y, add=True)
+    tiles.multiply_codes(codes, matrix, rows_scale, scale, bias, y, add=True)
     assert distance(y, wanted) < (3e-3 if dtype == torch.bfloat16 else 1e-6)
 
 
@@ -160,10 +160,9 @@ def test_no_memory_for_the_tiles_is_told() -> None:
     """In a process of its own, which may not grow."""
     code = """
 import resource, torch
-from tsugiki.kernels.cpu import compiled
-from tsugiki.kernels.dropout import dropped
+from tsugiki.kernels.cpu import tiles
 torch.set_num_threads(1)
-assert compiled.tiles()
+assert tiles.ready()
 x, matrix = torch.zeros(1024, 4096).bfloat16(), torch.zeros(512, 4096).bfloat16()
 y = torch.empty(1024, 512).bfloat16()
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -175,7 +174,7 @@ try:
 except MemoryError:
     pass
 try:
-    compiled.multiply(x, matrix, None, y, add=False)
+    tiles.multiply(x, matrix, None, y, add=False)
 except MemoryError as error:
     print(error)
 """
@@ -196,7 +195,7 @@ def test_the_heads_loss_in_one_pass_is_nearer_than_through_logits(
     hidden = torch.randn(rows, width, generator=generator).bfloat16()
     hidden[::3] += table[targets[::3]] * 2  # some are sure
     head = loss.Head(DenseWeight(table), scale, softcap)
-    assert loss._tiles(hidden, head) is compiled, "the tiles are what is tested"
+    assert loss._tiles(hidden, head) is tiles, "the tiles are what is tested"
 
     def numbers(
         function: Callable[..., Tensor], head: loss.Head, x: Tensor
@@ -214,12 +213,12 @@ def test_the_heads_loss_in_one_pass_is_nearer_than_through_logits(
     with torch.no_grad():
         assert float(loss.chunked_cross_entropy(hidden, head, targets, 0.37)) == float(got[0])
     alone = loss.chunked_cross_entropy(hidden[:64], head, targets[:64])
-    losses, grad = compiled.head_rows(hidden, table, targets, scale, softcap, 0.37, True)
+    losses, grad = tiles.head_rows(hidden, table, targets, scale, softcap, 0.37, True)
     assert float(alone) == float(losses[:64].sum()), "a row's loss does not depend on the others"
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        again = compiled.head_rows(hidden, table, targets, scale, softcap, 0.37, True)
+        again = tiles.head_rows(hidden, table, targets, scale, softcap, 0.37, True)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(losses, again[0]), "threads change nothing"
@@ -231,14 +230,14 @@ def test_the_heads_rows_keep_what_is_not_a_number_and_refuse_targets_beyond() ->
     table, hidden = torch.randn(320, 64).bfloat16(), torch.randn(70, 64).bfloat16()
     targets = torch.arange(70)
     hidden[3, 5] = float("nan")
-    losses, grad = compiled.head_rows(hidden, table, targets, 1.0, None, 1.0, True)
+    losses, grad = tiles.head_rows(hidden, table, targets, 1.0, None, 1.0, True)
     assert losses.isnan().nonzero().view(-1).tolist() == [3]
     assert grad.isnan().any(1).nonzero().view(-1).tolist() == [3]
     hidden[3, 5] = 0
     with pytest.raises(IndexError, match="beyond the 320"):
-        compiled.head_rows(hidden, table, targets + 251, 1.0, None, 1.0, True)
+        tiles.head_rows(hidden, table, targets + 251, 1.0, None, 1.0, True)
     hidden[4] = 1000 * table[4]  # others' exponentials are far below the smallest number
-    losses, grad = compiled.head_rows(hidden, table, targets, 1.0, None, 1.0, True)
+    losses, grad = tiles.head_rows(hidden, table, targets, 1.0, None, 1.0, True)
     assert losses.isfinite().all()
     assert grad.isfinite().all()
     assert float(losses[4]) == 0

@@ -43,7 +43,7 @@ from tsugiki.models.hub import ResolvedModel
 from tsugiki.models.kept import as_kept
 from tsugiki.models.load import load_base, resolve_model
 from tsugiki.models.quantized import QuantizedLinear
-from tsugiki.models.shards import open_model
+from tsugiki.models.shards import AHEAD, ShardWriter, open_model
 from tsugiki.models.spec import NameMap
 from tsugiki.proof.artefact import open_artefact
 from tsugiki.proof.checks import Proof
@@ -349,3 +349,15 @@ def test_types_may_take_different_bases(
     for one in done:
         other = replace(one, kept="none" if one.kept == "nf4" else "nf4")
         assert prove(source, [other], Terminal(), model=model) is Proof.WRONG
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk without room")
+@pytest.mark.parametrize("pieces", [1, 20])
+def test_a_disk_that_fills_up_behind_the_writer_is_told(pieces: int) -> None:
+    """Writing goes on beside the caller: neither the last piece's error nor an early one is lost."""
+    written = 0
+    with pytest.raises(OSError, match="No space left"), ShardWriter(Path("/dev/full")) as writer:
+        for _ in range(pieces):
+            writer.write(memoryview(bytes(1 << 20)))
+            written += 1
+    assert written <= AHEAD + 1, "it stops soon"

@@ -15,7 +15,7 @@ from test_merging_forms import our_adapter
 from tokenizers_for_tests import CHATML, tiny_tokenizer
 
 from tsugiki.data.chat import IGNORED, ChatFormat
-from tsugiki.data.formats import Message, Row
+from tsugiki.data.row import Message, Row
 from tsugiki.exporting.ollama import conversations
 from tsugiki.formats.gguf_file import open_gguf
 from tsugiki.formats.llama_cpp.process import LlamaCpp

@@ -13,7 +13,8 @@ from types import ModuleType
 import pytest
 
 from tsugiki.data.chat import ChatFormat
-from tsugiki.data.formats import Row, read_rows
+from tsugiki.data.formats import read_rows
+from tsugiki.data.row import Row
 from tsugiki.demo import rows_path
 from tsugiki.models.load import load_tokenizer, resolve_model
 

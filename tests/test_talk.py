@@ -21,7 +21,7 @@ from tsugiki.adapters.attach import attach, detach, lora_modules
 from tsugiki.adapters.storage import BaseIdentity, save_adapter
 from tsugiki.config import LoraConfig
 from tsugiki.data.chat import ChatFormat
-from tsugiki.data.formats import Message
+from tsugiki.data.row import Message
 from tsugiki.engine.engine import Engine, Request
 from tsugiki.engine.sampling import Sampling
 from tsugiki.errors import AdapterError, UsageError

@@ -21,7 +21,8 @@ from tsugiki.adapters.storage import load_adapter, save_adapter
 from tsugiki.config import LoraConfig, build_config
 from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import prepare
-from tsugiki.data.formats import Message, Row, Rows
+from tsugiki.data.formats import Rows
+from tsugiki.data.row import Message, Row
 from tsugiki.engine.engine import Engine, Request
 from tsugiki.engine.sampling import Sampling
 from tsugiki.errors import NonFiniteError

@@ -14,9 +14,8 @@ from torch import nn
 
 from tsugiki.config import RunConfig
 from tsugiki.kernels import loss, nf4, quantized
-from tsugiki.kernels.backend import FEW
 from tsugiki.kernels.blocks import BLOCK, KEEP
-from tsugiki.kernels.tile_attention import SIDE
+from tsugiki.kernels.cpu.tiles import FEW, SIDE
 from tsugiki.models.spec import ModelSpec
 
 # Measured: what a process that trains holds beyond one that has read rows and config (libraries
@@ -166,11 +165,11 @@ def layer_bytes(shape: Shape, config: RunConfig, batch: Pass, width: int, tiles:
     return batch.tokens * per_token
 
 
-def head_bytes(shape: Shape, batch: Pass, width: int, tiles: bool) -> int:
-    """Logits of one chunk, its softmax block, and the hidden rows with their gradient; with tiles
-    sums in fp32 and a copy of the rows instead of logits."""
+def head_bytes(shape: Shape, batch: Pass, width: int, one_pass: bool) -> int:
+    """Logits of one chunk, its softmax block, and the hidden rows with their gradient; in one pass
+    on tiles sums in fp32 and a copy of the rows instead of logits."""
     rows = max(1, batch.labelled)
-    if tiles and rows >= FEW:
+    if one_pass and rows >= FEW:
         return 6 * rows * shape.hidden * width
     pieces = max(1, -(-rows * shape.vocab // loss.CHUNK))
     chunk = -(-rows // pieces) * shape.vocab * width
@@ -190,17 +189,18 @@ def predict(
         trainable: parameters that will be trained.
         resident: what the process holds before weights are loaded; asked of the system when None.
         int8: frozen products are int8, and proven against fp32.
-        tiles: attention and the head go over tile registers, and keep less.
+        tiles: attention goes over tile registers, the head too but in int8, and they keep less.
     """
     shape = shape_of(spec)
     if resident is None:
         resident = int(psutil.Process().memory_info().rss)
     full = config.train.method == "full"
     quantize = config.model.quantize
-    kept, step = step_bytes(shape, config, batch, width, tiles)
+    one_pass = tiles and not int8
+    kept, step = step_bytes(shape, config, batch, width, tiles, one_pass)
     few = min(EVAL_TOKENS, held_out_tokens)
     looking = few * width * (3 * shape.inner + 6 * shape.hidden) + head_bytes(
-        shape, Pass(few, batch.longest, few), width, tiles
+        shape, Pass(few, batch.longest, few), width, one_pass
     )
     proving = 0 if full else shape.block * 4 * width  # two copies and one of twice the width
     weights = weight_bytes(shape, quantize, width)
@@ -210,7 +210,7 @@ def predict(
         tokens = min(batch.tokens, max(batch.longest, proof_tokens(spec.parameters)))
         wide = Pass(tokens, batch.longest, min(batch.labelled, tokens))
         # gradients in fp32 of both, and B as it was
-        proving = max(proving, step_bytes(shape, config, wide, 4, False)[1] + 12 * trainable)
+        proving = max(proving, step_bytes(shape, config, wide, 4, False, False)[1] + 12 * trainable)
     return {
         "process": resident + LATE_BYTES,
         "weights": weights + workspace_bytes(shape, quantize, width),
@@ -222,11 +222,11 @@ def predict(
 
 
 def step_bytes(
-    shape: Shape, config: RunConfig, batch: Pass, width: int, tiles: bool
+    shape: Shape, config: RunConfig, batch: Pass, width: int, tiles: bool, one_pass: bool
 ) -> tuple[int, int]:
     """What all layers keep for the backward pass, and that with what passes by at the peak."""
     one = layer_bytes(shape, config, batch, width, tiles)
-    head = head_bytes(shape, batch, width, tiles)
+    head = head_bytes(shape, batch, width, one_pass)
     if config.train.method == "full":  # plain modules and whole logits
         wide = 12 * shape.hidden + 6 * shape.key + 3 * shape.wide
         one = batch.tokens * (width * wide + 16 * shape.hidden)

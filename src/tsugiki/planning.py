@@ -266,7 +266,7 @@ def predict_memory(
     held_out = facts.held_out * facts.longest
     resident = CUDA_BYTES if decisions.device.startswith("cuda") else None
     int8 = decisions.compute == "int8" and config.train.method == "lora"
-    tiles = not int8 and short and decisions.operations.get("tiles") == "compiled"
+    tiles = short and decisions.operations.get("tiles") == "compiled"
     return predict(
         spec, config, batch, held_out, width, trainable, resident=resident, int8=int8, tiles=tiles
     )

@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tsugiki.data.formats import Message, Row, RowProblem
 from tsugiki.data.rendering import Watch, check_template
+from tsugiki.data.row import Message, Row, RowProblem
 from tsugiki.data.templates import FALLBACKS
 from tsugiki.errors import DataError
 

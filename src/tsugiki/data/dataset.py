@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 
 from tsugiki.data.chat import NO_CALLS, TEMPLATE_REFUSES, ChatFormat, Example
 from tsugiki.data.files import Skipped, reasons
-from tsugiki.data.formats import RowProblem, Rows
+from tsugiki.data.formats import Rows
 from tsugiki.data.lengths import fit
+from tsugiki.data.row import RowProblem
 from tsugiki.errors import DataError
 
 FEWEST_TO_SPLIT = 20

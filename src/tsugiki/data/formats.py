@@ -24,10 +24,16 @@ from tsugiki.data.files import (
     read_records,
     reasons,
 )
-from tsugiki.data.row import Message as Message
-from tsugiki.data.row import Row as Row
-from tsugiki.data.row import RowProblem as RowProblem
-from tsugiki.data.row import answer_of, column_names, pair, raw_text, text_of
+from tsugiki.data.row import (
+    Message,
+    Row,
+    RowProblem,
+    answer_of,
+    column_names,
+    pair,
+    raw_text,
+    text_of,
+)
 from tsugiki.data.unreadable import to_utf8
 from tsugiki.errors import DataError
 from tsugiki.files import sha256_file

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from tsugiki.data.chat import IGNORED, ChatFormat, Example
 from tsugiki.data.files import Skipped
-from tsugiki.data.formats import Message, Row, RowProblem
+from tsugiki.data.row import Message, Row, RowProblem
 
 
 def fit(

@@ -14,7 +14,8 @@ from rich.text import Text
 
 from tsugiki.config import RunConfig, build_config
 from tsugiki.data.chat import ChatFormat
-from tsugiki.data.formats import Row, read_rows
+from tsugiki.data.formats import read_rows
+from tsugiki.data.row import Row
 from tsugiki.demo import rows_path
 from tsugiki.engine.engine import Engine
 from tsugiki.errors import RunError

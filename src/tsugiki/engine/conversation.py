@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tsugiki.data.formats import Message, RowProblem
+from tsugiki.data.row import Message, RowProblem
 from tsugiki.errors import UsageError
 
 

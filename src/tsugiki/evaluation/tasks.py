@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from tsugiki.data.chat import ChatFormat
-from tsugiki.data.formats import Message, Row
+from tsugiki.data.row import Message, Row
 from tsugiki.engine.engine import Engine, Request
 from tsugiki.engine.sampling import Sampling
 from tsugiki.errors import DataError

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tsugiki.data.chat import ChatFormat
-from tsugiki.data.formats import Message, RowProblem
+from tsugiki.data.row import Message, RowProblem
 
 MARKS = tuple(f"\ue000{name}\ue001" for name in "suvwab")  # private use: no template says them
 COUNT = 50

@@ -25,7 +25,6 @@ FAMILIES = (
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Before compute capability 8 Triton multiplies without tensor cores, and spills what it holds.
 PRODUCTS = ("lowrank", "product", "nf4_product")
-FEW = 64  # rows: below, laying a matrix out for tile registers costs more than they save
 ON_CPU = ("norms", "activations", "loss", "dropout", "nf4", "int8", "tiles")
 
 _plain: set[str] = set()
@@ -81,11 +80,13 @@ def compiled_bodies(x: Tensor, family: str) -> Any:
     """The same of compiled bodies alone, for families that have no Triton ones of that shape."""
     if x.device.type != "cpu" or family in _plain:
         return None
-    from tsugiki.kernels.cpu import compiled
+    from tsugiki.kernels.cpu import compiled, tiles
 
-    if family == "tiles" and not compiled.tiles():
+    if not compiled.runs(x):
         return None
-    return compiled if compiled.runs(x) else None
+    if family == "tiles":
+        return tiles if tiles.ready() else None
+    return compiled
 
 
 def triton_runs(x: Tensor, family: str) -> bool:

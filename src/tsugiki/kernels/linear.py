@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsugiki.kernels.backend import triton_runs
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.kernels.dropout import draw_seed
 from tsugiki.kernels.lowrank import grad_of_a, pair_gradients, shrink
@@ -253,19 +252,11 @@ def project(
             outputs.append(weight.matmul(x))
             continue
         part = slice(at, at + term.A.shape[0])
-        outputs.append(_with_term(x, weight, s[:, part], term.B.to(x.dtype), term.scale))
+        low = LowRank(s[:, part], term.B.to(x.dtype), term.scale)
+        outputs.append(weight.matmul(x, low))
         columns.append(part)
         at = part.stop
     return outputs, Shrunk(x, a, s, tuple(columns), rate, seed)
-
-
-def _with_term(x: Tensor, weight: FrozenWeight, s: Tensor, b: Tensor, scale: float) -> Tensor:
-    """W·x + bias + scale·s·bᵀ."""
-    if isinstance(weight, DenseWeight) and triton_runs(x, "product"):
-        from tsugiki.kernels.gpu.product import product
-
-        return product(x, weight.dense().T, bias=weight.bias, term=(s, b.T), scale=scale)
-    return weight.matmul(x, LowRank(s, b, scale))
 
 
 def grad_shrunk(
@@ -313,13 +304,6 @@ def grad_input(
     for number, (weight, grad) in enumerate(zip(weights, grads, strict=True), 1):
         if group is None or grad_s is None or number < len(weights):
             grad_x = weight.matmul_t(grad, grad_x)
-        elif isinstance(weight, DenseWeight) and triton_runs(grad, "product"):
-            from tsugiki.kernels.gpu.product import product
-
-            grad_x = product(
-                grad, weight.dense(), onto=grad_x, term=(grad_s, group.a),
-                rate=group.rate, seed=group.seed,
-            )  # fmt: skip
         else:
             term = LowRank(grad_s, group.a.T, rate=group.rate, seed=group.seed)
             grad_x = weight.matmul_t(grad, grad_x, term)

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsugiki.kernels.backend import FEW, bodies, compiled_bodies
+from tsugiki.kernels.backend import bodies, compiled_bodies
+from tsugiki.kernels.cpu.tiles import FEW, SIDE
 from tsugiki.kernels.linear import DenseWeight, FrozenWeight
-from tsugiki.kernels.products import STEP
 
 CHUNK = 80_000_000  # logits of one chunk: enough rows for a full-speed product
 GPU_CHUNK = 1 << 28  # the same on a GPU: 2,000 rows of the largest vocabularies, 512 MB
@@ -114,7 +114,7 @@ def _tiles(hidden: Tensor, head: Head) -> Any:
         return None
     matrix = weight.dense()
     suits = hidden.dtype == matrix.dtype == torch.bfloat16 and matrix.stride(1) == 1
-    if not suits or len(hidden) < FEW or 2 * hidden.shape[1] % STEP:
+    if not suits or len(hidden) < FEW or hidden.shape[1] % SIDE:
         return None
     return compiled_bodies(hidden, "tiles")
 

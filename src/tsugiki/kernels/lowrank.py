@@ -1,8 +1,8 @@
 """The thin products of a low-rank term, dropout on their wide operand included.
 
 Plain bodies, and the choice of those that read the wide operand once: Triton's, and a CPU's on tile
-registers. A mask is a function of (rate, seed, shape) within a
-device's bodies, so the backward pass finds the forward's. Knows no adapters.
+registers. A mask is a function of (rate, seed, shape) within a device's bodies, so the backward
+pass finds the forward's. Knows no adapters.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsugiki.kernels.backend import FEW, compiled_bodies, triton_runs
+from tsugiki.kernels.backend import compiled_bodies, triton_runs
+from tsugiki.kernels.cpu.tiles import FEW, SIDE, Bits
 from tsugiki.kernels.dropout import add_dropped, bits_of, dropped
-
-STEP = 32  # entries: the width of a tile
 
 
 def shrink(x: Tensor, a: Tensor, rate: float = 0.0, seed: int = 0) -> Tensor:
@@ -94,13 +93,13 @@ def grad_of_a(grad_s: Tensor, x: Tensor, rate: float = 0.0, seed: int = 0) -> Te
 
 def _tiles(
     wide: Tensor, thin: Tensor, rate: float = 0.0, seed: int = 0
-) -> tuple[Any, tuple[Tensor, Tensor, int] | None] | None:
+) -> tuple[Any, Bits | None] | None:
     """The compiled bodies on tile registers and the mask's bits, where they take these."""
     rows, width = wide.shape
     suits = (
         wide.dtype == thin.dtype == torch.bfloat16
         and rows >= FEW
-        and width % STEP == 0
+        and width % SIDE == 0
         and wide.stride(1) == 1
         and 1 in thin.stride()
     )

@@ -1,4 +1,5 @@
-"""Products with a frozen matrix: torch's, or compiled ones on a CPU with tile registers.
+"""Products with a frozen matrix and a term of low rank: torch's, Triton's, or compiled ones on a
+CPU with tile registers.
 
 Compiled ones read the matrix as it is stored and round each sum once, a term of low rank included,
 however many threads there are; torch's are taken for few rows, odd widths and whatever autograd
@@ -14,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsugiki.kernels.backend import FEW, compiled_bodies
+from tsugiki.kernels.backend import compiled_bodies, triton_runs
+from tsugiki.kernels.cpu.tiles import DEPTH, FEW, SIDE, Term
 from tsugiki.kernels.dropout import bits_of
 from tsugiki.kernels.lowrank import add_product
 
 DEEP = 8192  # of K: beyond, torch's products are as fast
-STEP = 64  # bytes: the depth of a tile; a matrix of other width is not taken
-WIDE = 32  # entries: the width of a block; a term of other width is added apart
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,13 @@ def multiply_into(
 ) -> Tensor:  # fmt: skip
     """y (T, n) = x (T, K) · matrixᵀ (n, K) + bias (n,) + term, or added to y without a bias; in
     place and not recorded by autograd."""
+    if term is not None and triton_runs(x, "product"):
+        from tsugiki.kernels.gpu.product import product
+
+        return product(
+            x, matrix.T, bias=bias, out=y, add=add, term=(term.s, term.b.T),
+            scale=term.scale, rate=term.rate, seed=term.seed,
+        )  # fmt: skip
     fused = _tiles(x, matrix)
     if fused is not None:
         inside = within(term, y)
@@ -74,14 +81,11 @@ def with_term(y: Tensor, term: LowRank | None) -> Tensor:
     return y
 
 
-def within(term: LowRank | None, y: Tensor) -> Any:
-    """The term as the compiled products into y (T, n) take it; None: it is to be added apart."""
-    return None if term is None else _with_bits(term, y)
-
-
-def _with_bits(term: LowRank, y: Tensor) -> tuple[Tensor, Tensor, float, Any] | None:
-    """The term as the compiled product takes it; None: it is to be added apart."""
-    if not y.dtype == term.s.dtype == term.b.dtype == torch.bfloat16 or y.shape[1] % WIDE:
+def within(term: LowRank | None, y: Tensor) -> Term | None:
+    """The term as compiled products into y (T, n) take it; None: it is to be added apart."""
+    if term is None or y.shape[1] % SIDE:
+        return None
+    if not y.dtype == term.s.dtype == term.b.dtype == torch.bfloat16:
         return None
     bits = bits_of(term.rate, term.seed, (y.shape[0], y.shape[1])) if term.rate > 0 else None
     if term.rate > 0 and bits is None:
@@ -94,7 +98,7 @@ def _tiles(x: Tensor, matrix: Tensor) -> Any:
     width = matrix.shape[1]
     suits = (
         x.dtype == matrix.dtype == torch.bfloat16
-        and 2 * width % STEP == 0
+        and width % SIDE == 0
         and width <= DEEP
         and x.numel() >= FEW * width
         and 1 in matrix.stride()
@@ -106,5 +110,5 @@ def _tiles(x: Tensor, matrix: Tensor) -> Any:
 
 def tiles_for_codes(codes: Tensor, y: Tensor) -> Any:
     """What multiplies codes (T, K) int8 on tiles into y (T, n), with their scales; None: torch."""
-    taken = codes.shape[1] % STEP == 0 and codes.numel() > 0
+    taken = codes.shape[1] % DEPTH == 0 and codes.numel() > 0
     return compiled_bodies(y, "tiles") if taken else None

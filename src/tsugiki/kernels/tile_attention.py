@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tsugiki.kernels.backend import compiled_bodies
-from tsugiki.kernels.cpu import compiled
+from tsugiki.kernels.cpu import tiles
+from tsugiki.kernels.cpu.tiles import SIDE, Documents
 
-SIDE = 32  # entries of a head come in so many
 WIDEST = 256  # of a head: a block of queries and what belongs to it stay in a core's cache
 
 
@@ -56,33 +56,24 @@ def tile_attention(
     Raises:
         MemoryError: no memory for one document's keys and values.
     """
-    out = _Tiles.apply(q, k, v, torch.tensor(lengths), scale, window, softcap)  # type: ignore[no-untyped-call]
+    how = Documents(torch.tensor(lengths), scale, window, softcap)
+    out = _Tiles.apply(q, k, v, how)  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
     return out
 
 
 class _Tiles(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lengths: Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: Documents) -> Tensor:
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-        ctx.how = (lengths, scale, window, softcap)
-        out, norms = compiled.attend(q[0], k[0], v[0], *ctx.how)
+        out, norms = tiles.attend(q[0], k[0], v[0], how)
+        ctx.how = how
         ctx.save_for_backward(q, k, v, out, norms)
         return out[None]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, norms = ctx.saved_tensors
-        found = compiled.attend_back(
-            q[0], k[0], v[0], *ctx.how, out=out, norms=norms, grad=grads[0][0].contiguous()
-        )
-        return (*(x.transpose(0, 1)[None] for x in found), None, None, None, None)
+        grad = grads[0][0].contiguous()
+        found = tiles.attend_back(q[0], k[0], v[0], ctx.how, out, norms, grad)
+        return (*(x.transpose(0, 1)[None] for x in found), None)

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tsugiki.data.chat import ChatFormat
-from tsugiki.data.formats import Message, RowProblem
+from tsugiki.data.row import Message, RowProblem
 from tsugiki.errors import TsugikiError
 from tsugiki.proof.artefact import Artefact
 from tsugiki.proof.checks import Check, found

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.text import Text
 
 from tsugiki.data.chat import ChatFormat
-from tsugiki.data.formats import Message, RowProblem
+from tsugiki.data.row import Message, RowProblem
 from tsugiki.engine.engine import Request
 from tsugiki.engine.sampling import Sampling
 from tsugiki.errors import UsageError

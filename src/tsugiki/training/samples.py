@@ -13,7 +13,7 @@ import torch
 from tsugiki.adapters.attach import training_mode
 from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import Prepared
-from tsugiki.data.formats import Message
+from tsugiki.data.row import Message
 from tsugiki.engine.engine import Engine, Request
 from tsugiki.engine.sampling import Sampling
 from tsugiki.models.load import Base

@@ -91,25 +91,26 @@ def product(
     w: Tensor,
     *,
     bias: Tensor | None = None,
-    onto: Tensor | None = None,
+    out: Tensor | None = None,
+    add: bool = False,
     term: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
     rate: float = 0.0,
     seed: int = 0,
     tiles: Tiles | None = None,
 ) -> Tensor:
-    """x (M, K)·w (K, N) + bias (N,) + onto (M, N) + dropout(scale·s·p), any strides.
+    """x (M, K)·w (K, N) + bias (N,) + dropout(scale·s·p), any strides.
 
     Args:
-        onto: written over.
+        out: (M, N), written to; add: what it holds is added.
         term: s (M, R) and p (R, N).
         tiles: for measurements.
 
     Returns:
-        (M, N) in x's type: `onto` where given, else new.
+        (M, N) in x's type: `out` where given, else new.
     """
     (rows, depth), columns = x.shape, w.shape[1]
-    y = torch.empty(rows, columns, dtype=x.dtype, device=x.device) if onto is None else onto
+    y = torch.empty(rows, columns, dtype=x.dtype, device=x.device) if out is None else out
     s, p = (x, w) if term is None else term  # unused without a term
     tiles = tiles or (SINGLE if x.dtype == torch.float32 else HALF)
     grid = (triton.cdiv(rows, tiles.m) * triton.cdiv(columns, tiles.n),)
@@ -118,7 +119,7 @@ def product(
         x, w, y, y if bias is None else bias, y, s, p, rows, columns, depth, rank,
         *x.stride(), *w.stride(), *y.stride(), *y.stride(), *s.stride(), *p.stride(),
         scale, *mask_of(rate, seed),
-        BIAS=bias is not None, ONTO=onto is not None, TERM=term is not None, DROP=rate > 0,
+        BIAS=bias is not None, ONTO=add, TERM=term is not None, DROP=rate > 0,
         EVEN=depth % tiles.k == 0, BM=tiles.m, BN=tiles.n, BK=tiles.k, BR=rank_block(rank or 1),
         GROUPED=GROUP, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

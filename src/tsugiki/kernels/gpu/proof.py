@@ -98,7 +98,7 @@ def _product(draw: _Draw) -> Iterator[Case]:
             b,
         ),
     )
-    ours = product(x, w.T, onto=onto.clone(), term=(s, b.T), scale=0.7)
+    ours = product(x, w.T, out=onto.clone(), add=True, term=(s, b.T), scale=0.7)
     yield (
         "fused product onto another",
         [ours],
