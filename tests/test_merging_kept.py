@@ -356,8 +356,14 @@ def test_types_may_take_different_bases(
 def test_a_disk_that_fills_up_behind_the_writer_is_told(pieces: int) -> None:
     """Writing goes on beside the caller: neither the last piece's error nor an early one is lost."""
     written = 0
-    with pytest.raises(OSError, match="No space left"), ShardWriter(Path("/dev/full")) as writer:
-        for _ in range(pieces):
-            writer.write(memoryview(bytes(1 << 20)))
-            written += 1
+
+    def fill() -> None:
+        nonlocal written
+        with ShardWriter(Path("/dev/full")) as writer:
+            for _ in range(pieces):
+                writer.write(memoryview(bytes(1 << 20)))
+                written += 1
+
+    with pytest.raises(OSError, match="No space left"):
+        fill()
     assert written <= AHEAD + 1, "it stops soon"
