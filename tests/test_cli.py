@@ -225,6 +225,11 @@ def test_yaml_keys(place: Path) -> None:
     assert done.returncode == 2
     assert "did you mean 'r'?" in done.stderr
     assert "did you mean 'train'?" in done.stderr
+    (place / "twice.yaml").write_text("train:\n  epochs: 3\n  epochs: 4\n")
+    done = run(place, "train", "rows.jsonl", "--config", "twice.yaml")
+    assert done.returncode == 2
+    assert "'epochs' is given twice" in done.stderr
+    assert "line 3" in done.stderr
 
 
 def test_precedence() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers_for_tests import CHATML, tiny_tokenizer
 
-from tsugiki.data.chat import FOLDED, IGNORED, JOINED, ChatFormat, Example
+from tsugiki.data.chat import FOLDED, IGNORED, JOINED, UNASKED, ChatFormat, Example
 from tsugiki.data.lengths import fit
 from tsugiki.data.rendering import Watch, check_template
 from tsugiki.data.report import show
@@ -169,7 +169,7 @@ def test_a_template_that_raises_gets_a_named_repair() -> None:
         "<|im_start|>model\n1\n\n2<|im_end|>"
     )
     with pytest.raises(RowProblem, match="must alternate"):
-        chat.examples(row(says("1"), user("one?"), says("1")))
+        chat.examples(row(user("one?"), says("1"), Message("tool", "2"), says("3")))
 
 
 def test_answers_in_a_row_are_joined_where_the_template_cannot_prove_them() -> None:
@@ -180,6 +180,17 @@ def test_answers_in_a_row_are_joined_where_the_template_cannot_prove_them() -> N
         of("chatml").examples(row(says("b")))
     with pytest.raises(RowProblem, match="no answer"):
         of("chatml").examples(row(user("b")))
+
+
+def test_an_opening_answer_that_nothing_asked_for_is_left_out() -> None:
+    for name in ("inst", "chatml"):
+        chat = of(name)
+        (whole,) = chat.examples(row(says("0"), says("1"), user("a"), says("b")))
+        (plain,) = of(name).examples(row(user("a"), says("b")))
+        assert whole.ids == plain.ids
+        assert dict(chat.repairs) == {UNASKED: 1}
+        with pytest.raises(RowProblem, match="no answer"):
+            chat.examples(row(says("0"), user("a")))
 
 
 def test_tool_calls_and_tools_reach_the_template() -> None:

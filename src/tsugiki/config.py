@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tsugiki.errors import UsageError, did_you_mean
-from tsugiki.files import parse_bytes
+from tsugiki.files import parse_bytes, parse_yaml
 
 TrainOn = Literal["assistant", "last", "everything"]
 Long = Literal["skip", "window", "split"]
@@ -336,7 +336,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UsageError: not readable, not YAML, or not a mapping.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        loaded = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", fix="check --config") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

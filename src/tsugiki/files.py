@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tsugiki.errors import DiskError, RunError
 
 CHUNK = 1 << 20
@@ -357,3 +359,28 @@ def parse_bytes(text: str) -> int:
     if size <= 0:
         raise ValueError("must be more than nothing")
     return size
+
+
+class _KeysOnce(yaml.SafeLoader):
+    """YAML in which no mapping gives a key twice, of which the last would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping, or an error that names the line of the second key."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{name!r} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """What `text` says.
+
+    Raises:
+        yaml.YAMLError: not YAML, or a mapping that gives a key twice.
+    """
+    return yaml.load(text, Loader=_KeysOnce)

@@ -25,6 +25,7 @@ NO_CALLS = "this chat format writes no tool calls"
 TEMPLATE_REFUSES = "the chat template refuses it"
 FOLDED = "system turn put into the first user turn"
 JOINED = "turns of one role joined"
+UNASKED = "opening answer that nothing asked for left out"
 
 
 @dataclass(frozen=True)
@@ -236,14 +237,16 @@ class ChatFormat:
         original = tuple(messages)
         if not original:
             raise RowProblem("no turns")
-        folded = _fold_system(original)
+        asked = _asked(original)
+        began = () if asked == original else (UNASKED,)
+        folded = _fold_system(asked)
         first: RowProblem | None = None
         tried: list[tuple[Message, ...]] = []
         for candidate, names in (
-            (original, ()),
-            (folded, (FOLDED,)),
-            (_join_turns(original), (JOINED,)),
-            (_join_turns(folded), (FOLDED, JOINED)),
+            (asked, began),
+            (folded, (*began, FOLDED)),
+            (_join_turns(asked), (*began, JOINED)),
+            (_join_turns(folded), (*began, FOLDED, JOINED)),
         ):
             if candidate in tried or not candidate:
                 continue
@@ -325,6 +328,12 @@ def _key(messages: tuple[Message, ...]) -> str:
     """
     first = next(i for i, m in enumerate(messages) if m.role == "assistant")
     return "\x1e".join(f"{m.role}\x1f{m.content}" for m in messages[:first])
+
+
+def _asked(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """From the first turn on that is no answer, if any is left."""
+    asked = next((i for i, m in enumerate(messages) if m.role != "assistant"), 0)
+    return messages[asked:]
 
 
 def _fold_system(messages: tuple[Message, ...]) -> tuple[Message, ...]:
