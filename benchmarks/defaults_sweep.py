@@ -1,12 +1,12 @@
 """`python -m benchmarks.defaults_sweep`: what bare `tsugiki train` reaches of the best of a sweep.
 
 For each base, data set, number of rows and seed: the chosen defaults run through the real pipeline;
-beside them rates × epochs on the same rows, split and batches (`stacked.py`): all rates for one
-epoch, for two the best rate and its neighbours, for four and eight the best and its better
-neighbour (`--full` runs every rate; a whole grid costs two and a half times as much). The sweep's
-best is chosen by validation loss, and both are compared on test rows. Each cell is added to
-results/defaults_sweep.jsonl as it is done, so that the sweep may be stopped and continued; the
-summary is over all cells found there.
+beside them the same command with `--learning-rate` and `--epochs` on the same rows, split and
+batches: all rates for one epoch, for two the best rate and its neighbours, for four and eight the
+best and its better neighbour (`--full` runs every rate; a whole grid costs two and a half times as
+much). A rate that diverges has no run. The sweep's best is chosen by validation loss, and both are
+compared on test rows. Each cell is added to results/defaults_sweep.jsonl as it is done, so that the
+sweep may be stopped and continued; the summary is over all cells found there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,13 +28,15 @@ import torch
 
 from benchmarks import record
 from benchmarks.real_data import SETS
-from benchmarks.stacked import sweep
+from tsugiki.adapters.storage import load_adapter
 from tsugiki.config import build_config
 from tsugiki.data.dataset import prepare
 from tsugiki.data.formats import read_rows
+from tsugiki.errors import NonFiniteError
 from tsugiki.models.load import load_base
 from tsugiki.pipelines import Session, prepare_session, run_prepared
 from tsugiki.terminal import Terminal
+from tsugiki.training.events import TrainResult
 from tsugiki.training.objective import held_out_loss
 
 RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
@@ -70,6 +73,21 @@ def near(runs: list[dict[str, float]]) -> list[float]:
     return sorted([best, *beside])
 
 
+def run(
+    values: dict[str, Any], test_file: Path, folder: Path
+) -> tuple[Session, TrainResult, float, float]:
+    """One run of the pipeline: how it was planned and ended, test loss before and after it."""
+    terminal = Terminal(as_json=True)
+    session = prepare_session(build_config({**values, "output": folder}), terminal, None)
+    result = run_prepared(session, folder, terminal)[1]
+    test_rows = read_rows(test_file, columns=values["data"].get("columns"))
+    test = prepare(test_rows, session.chat, max_length=session.spec.context, eval_ratio=0).train
+    base = load_base(session.resolved, dtype=session.decisions.torch_dtype)
+    before = held_out_loss(base, test[:TEST_ROWS])
+    load_adapter(base.model, result.adapter)
+    return session, result, before, held_out_loss(base, test[:TEST_ROWS])
+
+
 def cell(
     base_name: str, data: str, count: int, seed: int, folder: Path, *, full: bool
 ) -> dict[str, Any]:
@@ -79,49 +97,33 @@ def cell(
     begin = seed * count if (seed + 1) * count <= len(lines) else 0
     rows = folder / "rows.jsonl"
     rows.write_text("".join(lines[begin : begin + count]), encoding="utf-8")
-    config = build_config(
-        {"output": folder / "run", "model": {"name": BASES[base_name]},
-         "data": {"path": rows, **options}, "train": {"seed": seed, "sample_prompt": ["Hello"]}}
-    )  # fmt: skip
-    terminal = Terminal(as_json=True)
-    session = prepare_session(config, terminal, None)
-    test_rows = read_rows(test_file, **options)  # type: ignore[arg-type]
-    longest = session.spec.context
-    test = prepare(test_rows, session.chat, max_length=longest, eval_ratio=0).train[:TEST_ROWS]
+    train = {"seed": seed, "sample_prompt": ["Hello"]}
+    values = {"model": {"name": BASES[base_name]}, "data": {"path": rows, **options}}
     began = time.monotonic()
-    _, result = run_prepared(session, folder / "run", terminal)
-    before, default = default_test_loss(session, result.adapter, test)
+    session, _, before, default = run({**values, "train": train}, test_file, folder / "run")
     seconds = time.monotonic() - began
-    settings = session.plan.config.train
+    chosen = session.plan.config.train
     runs: list[dict[str, float]] = []
     for epochs in EPOCHS:
-        plain = load_base(session.resolved, dtype=session.decisions.torch_dtype)
-        rates = near(runs) if runs and not full else RATES
-        runs += sweep(
-            plain, session.plan.config.lora, session.prepared.train, session.prepared.held_out,
-            test, rates=rates, epochs=epochs, rows_per_step=session.plan.rows_per_step,
-            seed=seed, warmup_ratio=settings.warmup_ratio or 0.0,
-            decay=settings.weight_decay or 0.0,
-        )  # fmt: skip
+        for rate in near(runs) if runs and not full else RATES:
+            asked = {**train, "learning_rate": rate, "epochs": epochs}
+            place = folder / f"{rate:g}-{epochs}"
+            try:
+                _, ended, _, after = run({**values, "train": asked}, test_file, place)
+            except NonFiniteError:
+                continue
+            assert ended.best_loss is not None, "100 rows and more hold some out"
+            runs.append({"rate": rate, "epochs": epochs, "valid": ended.best_loss, "test": after})
+            shutil.rmtree(place)
     best = min(runs, key=lambda run: run["valid"])
     return {
         "base": base_name, "data": data, "rows": len(lines[begin : begin + count]), "seed": seed,
         "before": before, "default": default, "best": best["test"],
-        "default rate": settings.learning_rate, "default epochs": settings.epochs,
+        "default rate": chosen.learning_rate, "default epochs": chosen.epochs,
         "best rate": best["rate"], "best epochs": best["epochs"],
         "seconds": {"default": seconds, "sweep": time.monotonic() - began - seconds},
         "dtype": session.decisions.dtype, "runs": runs,
     }  # fmt: skip
-
-
-def default_test_loss(session: Session, adapter: Path, test: Any) -> tuple[float, float]:
-    """Test loss of the bare base, and with the adapter that the default run kept."""
-    from tsugiki.adapters.storage import load_adapter
-
-    base = load_base(session.resolved, dtype=session.decisions.torch_dtype)
-    before = held_out_loss(base, test)
-    load_adapter(base.model, adapter)
-    return before, held_out_loss(base, test)
 
 
 def summary(cells: list[dict[str, Any]]) -> bool:
