@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from tsugiki.adapters.joined import join
 from tsugiki.data.chat import Example
-from tsugiki.errors import DataError, RunError
+from tsugiki.errors import DataError, DiskError, RunError
 from tsugiki.exporting.gguf import ExportPlan, plan_export, write_gguf
 from tsugiki.formats.gguf_encode import DIRECT
 from tsugiki.formats.gguf_file import open_gguf
@@ -327,6 +327,19 @@ def test_an_output_that_exists_is_refused_before_anything_is_measured(place: Pat
         merge_adapter(place / "four", place / "mine", listening)
     assert [one["kind"] for one in listening.said][-1] == "merge_plan"
     assert not list((place / "mine").iterdir())
+
+
+def test_an_export_that_has_no_room_is_refused_before_bases_are_measured(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tsugiki.files.free_bytes", lambda path: 1000)
+    listening = Listening()
+    with pytest.raises(DiskError, match="too little disk space"):
+        export_gguf(
+            str(place / "four"), ["q8_0"], tmp_path / "new", listening, model=str(place / "model")
+        )
+    assert [one["kind"] for one in listening.said][-1] == "export_plan"
+    assert not (tmp_path / "new").exists()
 
 
 def test_types_may_take_different_bases(

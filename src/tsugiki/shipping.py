@@ -74,17 +74,14 @@ def export_gguf(
     joined, stem, home = open_source(source, terminal, model, untie, accept_base)
     paths = file_names(types, stem, output or home)
     _refuse_existing(paths)
-    plans, taken = _better_bases(joined, stem, types, eval_data, terminal)
-    plan = plans["none"]
+    plan = plan_export(joined, stem)
     for note in plan.notes:
         tell_note(terminal, note)
     exact = plan.exact_type()
-    groups = {
-        kept: {name: path for name, path in paths.items() if taken[name] == kept}
-        for kept in dict.fromkeys(taken.values())
-    }
-    # Quantised from a file that holds every number, written for this where none was asked for.
-    beside = any(exact not in group and set(group) - set(DIRECT) for group in groups.values())
+    kept, _ = recorded_quantization(joined.changes.record if joined.changes else None)
+    # Quantised from a file that holds every number, written for this where none was asked for, or
+    # none on the base that is the better one.
+    beside = set(types) - set(DIRECT) and (exact not in types or kept != "none")
     need = sum(plan.need(name if name in DIRECT else "q8_0") for name in types)
     need += plan.need(exact) if beside else 0
     first = next(iter(paths.values()))
@@ -98,8 +95,15 @@ def export_gguf(
         need=need,
         output=str(first.parent),
     )
-    will_write(paths.values())
     require_space(first, need, "the exported files")
+    plans, taken = {"none": plan}, dict.fromkeys(types, "none")
+    if kept != "none":
+        plans[kept], taken = _better_bases(joined, kept, plan, stem, types, eval_data, terminal)
+    groups = {
+        kept: {name: path for name, path in paths.items() if taken[name] == kept}
+        for kept in dict.fromkeys(taken.values())
+    }
+    will_write(paths.values())
     done = []
     for kept, group in groups.items():
         files = _written_on(plans[kept], exact, group, terminal)
@@ -111,28 +115,30 @@ def export_gguf(
 
 
 def _better_bases(
-    joined: Joined, stem: str, types: Sequence[str], rows: Path | None, terminal: Terminal
-) -> tuple[dict[str, ExportPlan], dict[str, str]]:
-    """A plan by how the base is kept, and which of them each type takes.
+    joined: Joined,
+    kept: str,
+    plan: ExportPlan,
+    stem: str,
+    types: Sequence[str],
+    rows: Path | None,
+    terminal: Terminal,
+) -> tuple[ExportPlan, dict[str, str]]:
+    """The plan beside `plan` on the base that training saw, and which of the two each type takes.
 
     As for merging: the base that training saw in few bits, or the stored one, by held-out loss,
     measured in each of the types.
     """
-    plans = {"none": plan_export(joined, stem)}
-    kept, _ = recorded_quantization(joined.changes.record if joined.changes else None)
-    if joined.changes is None or kept == "none":
-        return plans, dict.fromkeys(types, "none")
     from tsugiki.joining import choose_bases
     from tsugiki.judging import gguf_form, onto
     from tsugiki.proof.gguf.verify import llama_if_there
 
-    plans[kept] = plan_export(onto(joined, kept), stem)
+    plans = {"none": plan, kept: plan_export(onto(joined, kept), stem)}
     name, commit = (joined.identity.name, joined.identity.commit) if joined.identity else ("", None)
     base = ResolvedModel(joined.base.folder, name, commit)
     with llama_if_there(torch.get_num_threads()) as llama:
         forms = [gguf_form(plans, dtype, llama) for dtype in types]
         taken = choose_bases(joined, kept, forms, base, rows, terminal)
-    return plans, dict(zip(types, taken, strict=True))
+    return plans[kept], dict(zip(types, taken, strict=True))
 
 
 def _modelfile(joined: Joined, gguf: Path, stem: str, terminal: Terminal) -> Path:
