@@ -24,6 +24,7 @@ from tsugiki.data.chat import Example
 from tsugiki.device import keep_pages
 from tsugiki.kernels.backend import ON_CPU, compiled_bodies, hold_plain
 from tsugiki.kernels.loss import CHUNK
+from tsugiki.kernels.products import tiles_for_codes
 from tsugiki.models.flat import flat_loss, use_flat_attention
 from tsugiki.models.int8 import LEVELS, Int8Products
 from tsugiki.models.quantized import quantize_modules
@@ -260,8 +261,8 @@ def best_int8_rate(
     y = torch.empty(tokens, out, dtype=torch.int32)
     runs: list[Callable[[], object]] = [lambda: torch._int_mm(x, w.T, out=y)]
     scale, real = torch.ones(tokens, 1), torch.empty(tokens, out).bfloat16()
-    own = compiled_bodies(real, "tiles")
-    if own is not None and width % 64 == 0:
+    own = tiles_for_codes(x, real)
+    if own is not None:
         runs.append(lambda: own.multiply_codes(x, w, scale, None, None, real, add=False))
     best, rounds, until = 0.0, 0, clock() + seconds
     while rounds < 3 or clock() < until:

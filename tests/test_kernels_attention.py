@@ -1,4 +1,4 @@
-"""Attention on tile registers against documents one after the other in fp64."""
+"""Attention in tiles against documents one after the other in fp64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tsugiki.kernels.cpu import tiles
 from tsugiki.kernels.tile_attention import tiles_attend
 
 pytestmark = pytest.mark.skipif(
-    not tiles.ready(), reason="this CPU has no tile registers (Intel AMX), or no compiler"
+    not tiles.ready(), reason="this CPU has no AMX and no AVX512-BF16, or no compiler"
 )
 CASES = [
     # heads, of keys, width, documents, window, softcap

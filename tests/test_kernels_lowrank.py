@@ -1,4 +1,4 @@
-"""Thin products on tile registers against fp64, and their masks against the plain bodies'."""
+"""Thin products in tiles against fp64, and their masks against the plain bodies'."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tsugiki.kernels.cpu import tiles
 from tsugiki.kernels.lowrank import add_product, grad_of_a, pair_gradients, shrink
 
 pytestmark = pytest.mark.skipif(
-    not tiles.ready(), reason="this CPU has no tile registers (Intel AMX), or no compiler"
+    not tiles.ready(), reason="this CPU has no AMX and no AVX512-BF16, or no compiler"
 )
 SHAPES = [(64, 32, 1), (65, 96, 16), (300, 896, 16), (1030, 160, 48), (90, 4864, 33), (257, 64, 64)]
 

@@ -1,10 +1,13 @@
-"""Products on tile registers against torch's own in fp64: ragged shapes, both layouts, any threads."""
+"""Products in tiles against torch's own in fp64: ragged shapes, both layouts, any threads."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +19,10 @@ from tsugiki.kernels.dropout import dropped
 from tsugiki.kernels.linear import DenseWeight
 
 needs_tiles = pytest.mark.skipif(
-    not tiles.ready(), reason="this CPU has no tile registers (Intel AMX), or no compiler"
+    not tiles.ready(), reason="this CPU has no AMX and no AVX512-BF16, or no compiler"
+)
+needs_registers = pytest.mark.skipif(
+    tiles.kind() != "tile registers", reason="this CPU has no tile registers, or no compiler"
 )
 SHAPES = [(64, 64, 32), (65, 33, 64), (97, 40, 896), (1100, 1040, 96), (70, 600, 4864), (64, 1, 64)]
 
@@ -90,7 +96,7 @@ def test_a_term_of_low_rank_is_within_the_product(
     assert distance(plain, wanted) <= 4 * rounded, "the same mask without tiles"
 
 
-@needs_tiles
+@needs_registers
 @pytest.mark.parametrize(("rows", "out", "width"), SHAPES[1:])
 @pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -241,3 +247,22 @@ def test_the_heads_rows_keep_what_is_not_a_number_and_refuse_targets_beyond() ->
     assert losses.isfinite().all()
     assert grad.isfinite().all()
     assert float(losses[4]) == 0
+
+
+@needs_registers
+def test_vector_registers_pass_the_same_tests() -> None:
+    """The bodies of CPUs without tile registers, here by a compiler that is told of none."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")))
+    without = " ".join(f"-mno-amx-{part}" for part in ("tile", "int8", "bf16"))
+    names = ("products", "attention", "lowrank")
+    files = [str(Path(__file__).with_name(f"test_kernels_{name}.py")) for name in names]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-rs"],
+        env={**os.environ, "CXX": f"{compiler} {without}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "no tile registers" in done.stdout, "another library"
+    assert "no AVX512-BF16" not in done.stdout, "none of the tests is left out"

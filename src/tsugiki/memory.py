@@ -189,7 +189,7 @@ def predict(
         trainable: parameters that will be trained.
         resident: what the process holds before weights are loaded; asked of the system when None.
         int8: frozen products are int8, and proven against fp32.
-        tiles: attention goes over tile registers, the head too but in int8, and they keep less.
+        tiles: attention goes in tiles, the head too but in int8, and they keep less.
     """
     shape = shape_of(spec)
     if resident is None:

@@ -1,6 +1,6 @@
 """Causal attention of documents that lie end to end, each seeing only itself.
 
-Tile registers of a CPU take them as they lie (`tile_attention.py`). Elsewhere documents of similar
+A CPU's tiles take them as they lie (`tile_attention.py`). Elsewhere documents of similar
 length are padded side by side and computed together; padding stands after their ends, where
 causality keeps it unseen, so the plain case needs no mask. Sliding windows, soft caps (Gemma 2) and
 sinks (gpt-oss) take explicit masks and softmax. Knows no model and no cache.

@@ -1,7 +1,7 @@
 """Cross entropy of the head's rows in chunks: no logits and no probabilities are kept.
 
 The gradient with respect to the hidden rows is computed in the forward pass, chunk by chunk, so
-memory is one chunk's logits and time is one product each way; on tile registers a chunk is a few
+memory is one chunk's logits and time is one product each way; in tiles a chunk is a few
 hundred words and stays in a core's cache. Only rows that carry a label should come here. (The
 idea is that of Wijmans et al. 2024, arXiv:2411.09009, and Liger's fused linear cross entropy,
 arXiv:2410.10989.) Knows no model.
@@ -108,7 +108,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def _tiles(hidden: Tensor, head: Head) -> Any:
-    """The compiled head on tile registers, where it takes these rows."""
+    """The compiled head in tiles, where it takes these rows."""
     weight = head.weight
     if not isinstance(weight, DenseWeight) or weight.bias is not None or head.scale <= 0:
         return None

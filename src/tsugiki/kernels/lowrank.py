@@ -1,7 +1,7 @@
 """The thin products of a low-rank term, dropout on their wide operand included.
 
-Plain bodies, and the choice of those that read the wide operand once: Triton's, and a CPU's on tile
-registers. A mask is a function of (rate, seed, shape) within a device's bodies, so the backward
+Plain bodies, and the choice of those that read the wide operand once: Triton's, and a CPU's in
+tiles. A mask is a function of (rate, seed, shape) within a device's bodies, so the backward
 pass finds the forward's. Knows no adapters.
 """
 
@@ -94,7 +94,7 @@ def grad_of_a(grad_s: Tensor, x: Tensor, rate: float = 0.0, seed: int = 0) -> Te
 def _tiles(
     wide: Tensor, thin: Tensor, rate: float = 0.0, seed: int = 0
 ) -> tuple[Any, Bits | None] | None:
-    """The compiled bodies on tile registers and the mask's bits, where they take these."""
+    """The compiled bodies in tiles and the mask's bits, where they take these."""
     rows, width = wide.shape
     suits = (
         wide.dtype == thin.dtype == torch.bfloat16

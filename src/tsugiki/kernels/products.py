@@ -1,5 +1,5 @@
 """Products with a frozen matrix and a term of low rank: torch's, Triton's, or compiled ones on a
-CPU with tile registers.
+CPU that computes in tiles.
 
 Compiled ones read the matrix as it is stored and round each sum once, a term of low rank included,
 however many threads there are; torch's are taken for few rows, odd widths and whatever autograd
@@ -111,4 +111,5 @@ def _tiles(x: Tensor, matrix: Tensor) -> Any:
 def tiles_for_codes(codes: Tensor, y: Tensor) -> Any:
     """What multiplies codes (T, K) int8 on tiles into y (T, n), with their scales; None: torch."""
     taken = codes.shape[1] % DEPTH == 0 and codes.numel() > 0
-    return compiled_bodies(y, "tiles") if taken else None
+    found = compiled_bodies(y, "tiles") if taken else None
+    return found if found and found.kind() == "tile registers" else None

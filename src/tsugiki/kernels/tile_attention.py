@@ -1,4 +1,4 @@
-"""Attention of packed documents on a CPU's tile registers, without a matrix of scores in memory.
+"""Attention of packed documents in a CPU's tiles, without a matrix of scores in memory.
 
 What is kept for the way back are its inputs, its output and one number a query. Documents are rows
 of the flat batch: nothing is padded or gathered. Knows no cache and no sinks.

@@ -43,8 +43,7 @@ bool forward(const Attention& a, bfloat* out, float* norms, int threads) {
     bool whole = true;
 #pragma omp parallel num_threads(threads) reduction(&& : whole) if (threads > 1)
     {
-        const Shape shape;
-        _tile_loadconfig(&shape);
+        const Registers registers;
         const Memory keys(most * d * 2), values(most * d * 2), last(BLOCK * d * 2);
         const Memory sums(SIDE * d * 4), scores(SIDE * BLOCK * 4), p(SIDE * BLOCK * 2);
         const Memory rows(SIDE * d * 2);
@@ -102,7 +101,6 @@ bool forward(const Attention& a, bfloat* out, float* norms, int threads) {
                          out + ((t.start + query) * a.heads + t.head) * d, a.heads * d);
             }
         }
-        _tile_release();
     }
     return whole;
 }

@@ -206,14 +206,12 @@ bool backward(const Attention& a, const Gradients& to, int threads) {
     bool whole = true;
 #pragma omp parallel num_threads(threads) reduction(&& : whole) if (threads > 1)
     {
-        const Shape shape;
-        _tile_loadconfig(&shape);
+        const Registers registers;
         Desk desk(most, a.d);
         whole = desk.whole();
 #pragma omp for schedule(dynamic)
         for (int64_t number = 0; number < a.documents * a.heads; ++number)
             if (whole) back_of(a, to, task_of(a, number), desk);
-        _tile_release();
 #pragma omp for
         for (int64_t token = 0; token < a.tokens; ++token)
             for (int64_t key = 0; key < a.keys; ++key) {

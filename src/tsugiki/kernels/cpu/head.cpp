@@ -1,4 +1,4 @@
-// The head's loss and its gradient in one pass over the vocabulary, on tile registers (Intel AMX).
+// The head's loss and its gradient in one pass over the vocabulary, in tiles.
 //
 // 32 rows' logits of one block of the vocabulary are computed, exponentiated against the largest seen
 // so far and multiplied with the same block on the way back, all within the core's caches: logits
@@ -101,8 +101,7 @@ bool head_rows_all(const Head& h, int threads) {
     bool whole = true;
 #pragma omp parallel num_threads(threads) reduction(&& : whole) if (threads > 1)
     {
-        const Shape shape;
-        _tile_loadconfig(&shape);
+        const Registers registers;
         const Memory forth(BLOCK * h.width * size), back(BLOCK * h.width * size);
         const Memory sums(tall * h.width * 4), logits(SIDE * BLOCK * 4), p(SIDE * BLOCK * size);
         const Memory rows(tall * h.width * size), running(tall * sizeof(Running));
@@ -180,7 +179,6 @@ bool head_rows_all(const Head& h, int threads) {
             for (int64_t i = 0; i < high; ++i)
                 finish(h, start + i, seen[i], sums.at + i / SIDE * SIDE * h.width * 4, i % SIDE);
         }
-        _tile_release();
     }
     return whole;
 }

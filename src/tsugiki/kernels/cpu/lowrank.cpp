@@ -1,6 +1,6 @@
-// The thin products of a low-rank term on tile registers (Intel AMX), each in one pass over its wide
-// operand, dropout included: a mask is read from a table of bits while the operand is, and is never
-// multiplied with. Sums do not depend on the number of threads. Knows no torch.
+// The thin products of a low-rank term in tiles, each in one pass over its wide operand, dropout
+// included: a mask is read from a table of bits while the operand is, and is never multiplied with.
+// Sums do not depend on the number of threads. Knows no torch.
 
 #include "tiles.hpp"
 
@@ -32,8 +32,7 @@ bool shrink_all(const bfloat* x, const Stored<bfloat>& a, bfloat* s, int64_t row
     bool whole = true;
 #pragma omp parallel num_threads(threads) reduction(&& : whole) if (threads > 1)
     {
-        const Shape shape;
-        _tile_loadconfig(&shape);
+        const Registers registers;
         const Memory tiles(panels * SIDE * width * SIZE), strip(SIDE * pass * SIZE);
         const Memory sums(panels * 4 * TILE);
         Nothing nothing;
@@ -69,7 +68,6 @@ bool shrink_all(const bfloat* x, const Stored<bfloat>& a, bfloat* s, int64_t row
                                              (__m256i)_mm512_cvtneps_pbh(sum));
                 }
         }
-        _tile_release();
     }
     return whole;
 }
@@ -111,8 +109,7 @@ bool expand_all(bfloat* y, const bfloat* s, const Stored<bfloat>& b, int64_t row
     bool whole = true;
 #pragma omp parallel num_threads(threads) reduction(&& : whole) if (threads > 1)
     {
-        const Shape shape;
-        _tile_loadconfig(&shape);
+        const Registers registers;
         const Memory tiles(width * deep * SIZE), strip(SIDE * deep * SIZE), sums(8 * TILE);
         whole = tiles.at && strip.at && sums.at;
         if (whole) lay_block(whole_b, 0, panels, 0, deep, tiles.at);
@@ -137,7 +134,6 @@ bool expand_all(bfloat* y, const bfloat* s, const Stored<bfloat>& b, int64_t row
             }
         }
         adding.write(SIDE);
-        _tile_release();
     }
     return whole;
 }
@@ -156,8 +152,7 @@ bool gather_all(const bfloat* x, const bfloat* s, float* out, int64_t rows, int6
     bool whole = true;
 #pragma omp parallel num_threads(threads) reduction(&& : whole) if (threads > 1)
     {
-        const Shape shape;
-        _tile_loadconfig(&shape);
+        const Registers registers;
         const Memory held(CHUNK * columns * SIZE), tiles(CHUNK * columns * SIZE);
         const Memory sums(tall * columns * 4);
         Nothing nothing;
@@ -193,7 +188,6 @@ bool gather_all(const bfloat* x, const bfloat* s, float* out, int64_t rows, int6
                                      _mm512_mul_ps(sum, _mm512_set1_ps(scale)));
                 }
         }
-        _tile_release();
     }
     return whole;
 }

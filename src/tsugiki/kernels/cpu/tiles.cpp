@@ -1,9 +1,9 @@
-// Matrix products on a CPU with tile registers (Intel AMX): y (M, N) = x (M, K) · W in bfloat16, and of
-// byte codes times the scales of their rows and columns; with a bias and a term of low rank.
+// Matrix products in tiles: y (M, N) = x (M, K) · W in bfloat16 and, in tile
+// registers, of byte codes times the scales of their rows and columns; with a bias and a low-rank term.
 //
 // W is read as it is stored, (N, K) or (K, N), and laid out for the tiles one block at a time, so no
 // second copy of it is kept. Sums are fp32 or int32 from the first to the last of K, never leave the
-// core's own caches, and do not depend on the number of threads. Three things make it fast: 32 rows
+// core's own caches, and do not depend on the number of threads. Three things make it fast there: 32 rows
 // of x and no more than fits stay in the first cache while W's tiles stream past it (loads with a
 // hint that they will not be needed again), each block is one register load a multiplication, and
 // finished sums are rounded and written while the tiles work on the next ones. Knows no torch.
@@ -138,8 +138,7 @@ bool multiply_all(const Product<E, Y>& p, int threads) {
     }
 #pragma omp parallel num_threads(threads) reduction(&& : whole) if (threads > 1)
     {
-        const Shape shape;
-        _tile_loadconfig(&shape);
+        const Registers registers;
         const Memory tiles(chunk * size * wide), corners(8 * TILE), filled(SIDE * chunk * size);
         const Memory kept(4 * (chunk < p.k ? tall : SIDE) * wide), terms(8 * TILE);
         const Memory thin_tiles(deep * wide * 2 + 64);
@@ -193,7 +192,6 @@ bool multiply_all(const Product<E, Y>& p, int threads) {
             }
         }
         ending.write(SIDE);
-        _tile_release();
     }
     return whole;
 }
@@ -203,11 +201,13 @@ bool multiply_all(const Product<E, Y>& p, int threads) {
 
 extern "C" {
 
-// 1: this library and processor have tiles, and the system lets this process use them.
+// 1: tile registers, which the system lets this process use; 2: vector registers; 0: neither.
 int tiles_ready() {
-#ifdef TILES
+#if defined(TILE_REGISTERS)
     constexpr int REQUEST = 0x1023, DATA = 18;  // ARCH_REQ_XCOMP_PERM, the tiles' contents
     return syscall(SYS_arch_prctl, REQUEST, DATA) == 0;
+#elif defined(TILES)
+    return 2;
 #else
     return 0;
 #endif
@@ -227,7 +227,9 @@ int tiles_ready() {
                             threads);                                                             \
     }
 MULTIPLY(multiply_bf16, bfloat, bfloat)
+#ifdef TILE_REGISTERS
 MULTIPLY(multiply_codes_bf16, int8_t, bfloat)
 MULTIPLY(multiply_codes_fp32, int8_t, float)
+#endif
 #endif
 }

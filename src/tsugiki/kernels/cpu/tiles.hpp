@@ -1,16 +1,19 @@
-// What products on tile registers (Intel AMX) share: a matrix laid out for the tiles, and one block of
-// 32 rows times 32 columns in them. Knows no product and no torch.
+// What products of 32 rows times 32 columns share: a matrix laid out in tiles, and one such block of
+// sums, in tile registers (Intel AMX) or, on CPUs with bfloat16 in vectors alone (AMD from Zen 4 on),
+// in 16 vector registers at a time. Knows no product and no torch.
 
 #pragma once
 
 #include "numbers.hpp"
 
-#if defined(__linux__) && defined(__AMX_INT8__) && defined(__AMX_BF16__) && \
-    defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512BF16__)
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512BF16__)
 #define TILES 1
 #include <immintrin.h>
+#if defined(__linux__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#define TILE_REGISTERS 1
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 #include <algorithm>
@@ -23,12 +26,6 @@ constexpr int64_t SIDE = 32;      // rows and columns of one register block: 2 Ã
 constexpr int64_t DEPTH = 64;     // bytes of K in a tile's row
 constexpr int64_t TILE = 1024;    // bytes
 constexpr int64_t MOST_K = 1280;  // bytes of K in one pass: 32 rows of x fit into the first cache
-
-struct alignas(64) Shape {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // The first so many of 16.
 inline __mmask16 first(int64_t count) {
@@ -116,6 +113,22 @@ void lay_block(const Stored<E>& w, int64_t left, int64_t panels, int64_t from, i
             }
 }
 
+#ifdef TILE_REGISTERS
+// A thread's tile registers, as long as it lives.
+struct Registers {
+    struct alignas(64) Shape {
+        uint8_t palette = 1, start = 0, reserved[14] = {};
+        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    };
+    Registers() {
+        const Shape shape;
+        _tile_loadconfig(&shape);
+    }
+    ~Registers() { _tile_release(); }
+    Registers(const Registers&) = delete;
+};
+
 inline void multiply_tiles(const int8_t*) {
     _tile_dpbssd(0, 4, 6);
     _tile_dpbssd(1, 4, 7);
@@ -160,6 +173,47 @@ void multiply(const E* rows, int64_t stride, const char* tile, int64_t depth, co
     _tile_stored(2, to + 2 * TILE, 64);
     _tile_stored(3, to + 3 * TILE, 64);
 }
+
+#else
+struct Registers {
+    Registers() {}  // vector registers need no care
+};
+
+inline __m512bh pair(const char* x) {
+    int32_t two;
+    std::memcpy(&two, x, 4);
+    return (__m512bh)_mm512_set1_epi32(two);
+}
+
+// to (32, 32) = sums + x (32, depth) Â· tiles, eight rows at a time; what else there is comes first.
+template <class Meanwhile>
+void multiply(const bfloat* rows, int64_t stride, const char* tile, int64_t depth,
+              const char* sums, char* to, Meanwhile& meanwhile) {
+    meanwhile.write(SIDE);
+    for (int64_t row = 0; row < SIDE; row += 8) {
+        const int64_t place = row / 16 * 2 * TILE + row % 16 * 64;
+        const char* x = reinterpret_cast<const char*>(rows) + row * stride;
+        const char* w = tile;
+        __m512 some[8][2];
+        for (int i = 0; i < 8; ++i)
+            for (int j = 0; j < 2; ++j)
+                some[i][j] = sums ? _mm512_load_ps(sums + place + 64 * i + TILE * j)
+                                  : _mm512_setzero_ps();
+        for (int64_t at = 0; at < depth; at += DEPTH, w += 2 * TILE)
+            for (int64_t k = 0; k < 16; ++k) {  // two of K
+                const __m512bh low = (__m512bh)_mm512_load_si512(w + 64 * k);
+                const __m512bh high = (__m512bh)_mm512_load_si512(w + 64 * k + TILE);
+                for (int i = 0; i < 8; ++i) {
+                    const __m512bh two = pair(x + i * stride + at + 4 * k);
+                    some[i][0] = _mm512_dpbf16_ps(some[i][0], two, low);
+                    some[i][1] = _mm512_dpbf16_ps(some[i][1], two, high);
+                }
+            }
+        for (int i = 0; i < 8; ++i)
+            for (int j = 0; j < 2; ++j) _mm512_store_ps(to + place + 64 * i + TILE * j, some[i][j]);
+    }
+}
+#endif
 
 // 16 sums of a row among those of a strip of 32 rows, panel after panel of 32 columns.
 inline float* piece(char* strip, int64_t row, int64_t column) {

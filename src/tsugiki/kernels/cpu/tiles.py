@@ -1,4 +1,5 @@
-"""The compiled bodies on tile registers (Intel AMX) as functions of tensors, bf16 and int8 codes.
+"""The compiled bodies that compute in tiles as functions of tensors, bf16 and int8 codes: in tile
+registers (Intel AMX), or bf16 alone in vector registers (AVX512-BF16: AMD from Zen 4 on).
 
 Checks nothing that its callers know; `ready` says whether there are any. Each raises MemoryError
 where a thread finds no room for its tiles. Knows no layers.
@@ -22,10 +23,15 @@ NO_ROOM = "no memory for the tiles of a product with a low rank"
 
 
 @lru_cache(maxsize=1)
-def ready() -> bool:
-    """Whether this CPU has tile registers that this process may use."""
+def kind() -> str:
+    """What holds the tiles on this CPU: "tile registers", "vector registers" or "" (nothing)."""
     loaded = library()[0]
-    return loaded is not None and bool(loaded.tiles_ready())
+    return ("", "tile registers", "vector registers")[loaded.tiles_ready() if loaded else 0]
+
+
+def ready() -> bool:
+    """Whether there are any; codes need tile registers."""
+    return kind() != ""
 
 
 Bits = tuple[Tensor, Tensor, int]
