@@ -78,6 +78,11 @@ def main() -> int:
         default="wall",
         help="cpu: with --threads 1, what a busy machine cannot blur",
     )
+    parser.add_argument(
+        "--no-tile-registers",
+        action="store_true",
+        help="as on a CPU with bf16 in vectors alone (AVX512-BF16), for all contestants",
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--record", help="write the figures to benchmarks/results/NAME.json")
     parser.add_argument("--no-gates", action="store_true", help="skip the correctness gates")
@@ -150,6 +155,9 @@ def _worker(name: str, options: argparse.Namespace) -> dict[str, Any]:
         if value is not None:
             command += [f"--{key}", str(value)]
     env = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
+    if options.no_tile_registers:
+        env["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"  # torch's products
+        env["TSUGIKI_CXXFLAGS"] = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     if name == "peft-tuned":  # what tcmalloc would give: memory that is kept
         env |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -252,13 +251,12 @@ def test_the_heads_rows_keep_what_is_not_a_number_and_refuse_targets_beyond() ->
 @needs_registers
 def test_vector_registers_pass_the_same_tests() -> None:
     """The bodies of CPUs without tile registers, here by a compiler that is told of none."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")))
     without = " ".join(f"-mno-amx-{part}" for part in ("tile", "int8", "bf16"))
     names = ("products", "attention", "lowrank")
     files = [str(Path(__file__).with_name(f"test_kernels_{name}.py")) for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-rs"],
-        env={**os.environ, "CXX": f"{compiler} {without}"},
+        env={**os.environ, "TSUGIKI_CXXFLAGS": without},
         capture_output=True,
         text=True,
         check=False,

@@ -27,6 +27,7 @@ from tsugiki.files import cache_folder
 
 SOURCES = sorted(Path(__file__).parent.glob("*.[ch]pp"))
 SWITCH = "TSUGIKI_COMPILED"  # 0: never compile, always plain torch
+MORE_FLAGS = "TSUGIKI_CXXFLAGS"  # for the compiler, after FLAGS
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math",
     "-ffp-contract=fast", "-fopenmp", "-fPIC",
@@ -56,6 +57,7 @@ def _built(compiler: list[str]) -> Path:
     command = [*compiler, *FLAGS]
     if platform.machine() == "x86_64":
         command.append("-mprefer-vector-width=512")
+    command += shlex.split(os.environ.get(MORE_FLAGS, ""))
     version = _run([*compiler, "--version"])
     # torch's own OpenMP: a second one would be a second set of threads on the same cores
     openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))[:1]
