@@ -1,4 +1,6 @@
-// Causal attention of documents that lie end to end, in tiles: what its two ways share. No matrix of scores is in memory: 32 queries meet a block of keys at a time (Dao et al.,
+// Causal attention of documents that lie end to end, in tiles: what its two ways share.
+//
+// No matrix of scores is in memory: 32 queries meet a block of keys at a time (Dao et al.,
 // arXiv:2205.14135). Nothing is padded and nothing gathered: a document is rows of the flat batch.
 // Each head of each document is one task, so results do not depend on threads. Knows no torch.
 

@@ -1,12 +1,13 @@
-// Matrix products in tiles: y (M, N) = x (M, K) · W in bfloat16 and, in tile
-// registers, of byte codes times the scales of their rows and columns; with a bias and a low-rank term.
+// Matrix products in tiles: y (M, N) = x (M, K) · W in bfloat16 and, in tile registers, of byte codes
+// times the scales of their rows and columns; with a bias and a term of low rank.
 //
 // W is read as it is stored, (N, K) or (K, N), and laid out for the tiles one block at a time, so no
 // second copy of it is kept. Sums are fp32 or int32 from the first to the last of K, never leave the
-// core's own caches, and do not depend on the number of threads. Three things make it fast there: 32 rows
-// of x and no more than fits stay in the first cache while W's tiles stream past it (loads with a
-// hint that they will not be needed again), each block is one register load a multiplication, and
-// finished sums are rounded and written while the tiles work on the next ones. Knows no torch.
+// core's own caches, and do not depend on the number of threads. Three things make it fast in tile
+// registers: 32 rows of x and no more than fits stay in the first cache while W's tiles stream past
+// it (loads with a hint that they will not be needed again), each block is one register load a
+// multiplication, and finished sums are rounded and written while the tiles work on the next ones.
+// Knows no torch.
 
 #include "tiles.hpp"
 
@@ -57,7 +58,8 @@ struct Term {
     Mask mask;
 };
 
-// y (m, n) = x (m, k) · W, times rows · columns, + bias + term; strides in entries; none of m, n, k is zero.
+// y (m, n) = x (m, k) · W, times rows · columns, + bias + term; strides in entries; none of m, n, k
+// is zero.
 template <class E, class Y>
 struct Product {
     const E* x;
