@@ -218,6 +218,10 @@ def test_lost_kernels_are_said() -> None:
         ({"CXX": "no-such-compiler"}, "no-such-compiler could not build them"),
         ({"CXX": "false"}, "false could not build them"),
         ({"CXX": "c++ '"}, "c++ ' could not build them: No closing quotation"),
+        (
+            {"CXX": "false", "TSUGIKI_CXXFLAGS": "-x"},
+            "false with TSUGIKI_CXXFLAGS=-x could not build them",
+        ),
         ({"PATH": "/nonexistent"}, "no C++ compiler"),
     ],
 )

@@ -25,6 +25,7 @@ BUSY = 0.5  # load of others per core from which a step is visibly slower
 FEW_FAULTS = 16  # page faults per MB; memory that is not kept takes 256
 GPU_DRIVER = Path("/proc/driver/nvidia/version")
 PACKAGES = ("torch", "transformers", "triton", "bitsandbytes")
+SWITCHES = ("TSUGIKI_COMPILED", "TSUGIKI_CXXFLAGS")  # of kernels/cpu/build.py
 INSTRUCTIONS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx2")
 
 
@@ -223,9 +224,10 @@ def advise(machine: Machine, device: str, dtype: str) -> Iterator[Advice]:
         yield Advice(
             f"CPU kernels are plain torch ({machine.plain})",
             "elementwise work passes over memory several times; a step takes about a tenth longer",
-            "unset TSUGIKI_COMPILED"
-            if "TSUGIKI_COMPILED" in machine.plain
-            else "install a C++ compiler, for instance: sudo apt install g++",
+            next(
+                (f"unset {name}" for name in SWITCHES if name in machine.plain),
+                "install a C++ compiler, for instance: sudo apt install g++",
+            ),
         )
     if device == "cpu" and dtype == "float32" and not _has_fast_bf16(machine):
         yield Advice(

@@ -368,12 +368,13 @@ class _KeysOnce(yaml.SafeLoader):
         """The mapping, or an error that names the line of the second key."""
         seen: set[str] = set()
         for key, _ in node.value:
-            name = str(key.value)
-            if name in seen:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    problem=f"{name!r} is given twice", problem_mark=key.start_mark
+                    problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
                 )
-            seen.add(name)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 

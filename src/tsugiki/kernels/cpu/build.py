@@ -49,7 +49,9 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         return ctypes.CDLL(str(_built(shlex.split(found)))), f"compiled for this CPU by {found}"
     except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: a stray quote
         said = getattr(error, "stderr", None) or str(error)
-        return None, f"{found} could not build them: {said.strip().splitlines()[-1][:200]}"
+        more = os.environ.get(MORE_FLAGS)
+        tool = f"{found} with {MORE_FLAGS}={more}" if more else found
+        return None, f"{tool} could not build them: {said.strip().splitlines()[-1][:200]}"
 
 
 def _built(compiler: list[str]) -> Path:
