@@ -4,14 +4,15 @@ For each base, data set, number of rows and seed: the chosen defaults run throug
 beside them the same command with `--learning-rate` and `--epochs` on the same rows, split and
 batches: all rates for one epoch, for two the best rate and its neighbours, for four and eight the
 best and its better neighbour (`--full` runs every rate; a whole grid costs two and a half times as
-much). A rate that diverges has no run. The sweep's best is chosen by validation loss, and both are
-compared on test rows. Each cell is added to results/defaults_sweep.jsonl as it is done, so that the
-sweep may be stopped and continued; the summary is over all cells found there.
+much). The sweep's best is chosen by validation loss, and both are compared on test rows. Each run
+is added to results/defaults_sweep.jsonl as it ends, one that diverged without losses, so that the
+sweep may be stopped and continued anywhere; the summary is over what is whole there.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import shutil
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ from tsugiki.training.objective import held_out_loss
 
 RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 EPOCHS = [1, 2, 4, 8]
-CELLS = record.RESULTS / "defaults_sweep.jsonl"
+RUNS = record.RESULTS / "defaults_sweep.jsonl"
 GROWN = Path.home() / ".cache" / "tsugiki" / "grown-384"
 BASES = {
     "stories260K": str(record.SHARED / "models" / "stories260K"),
@@ -60,7 +62,30 @@ def grow() -> None:
     subprocess.run(command, check=True)
 
 
-def near(runs: list[dict[str, float]]) -> list[float]:
+Cell = tuple[str, str, int, int]  # base, data set, rows asked, seed
+Run = dict[str, Any]
+
+
+def cells(runs: list[Run]) -> dict[Cell, list[Run]]:
+    """The runs by what they were trained on."""
+    groups: dict[Cell, list[Run]] = defaultdict(list)
+    for one in runs:
+        groups[one["base"], one["data"], one["asked rows"], one["seed"]].append(one)
+    return groups
+
+
+def next_run(runs: list[Run], *, full: bool) -> tuple[float, int] | None:
+    """Rate and epochs to try after these runs of the sweep; None where it is whole."""
+    done = {(run["rate"], run["epochs"]) for run in runs}
+    for epochs in EPOCHS:
+        before = [run for run in runs if run["epochs"] < epochs and run["test"] is not None]
+        for rate in near(before) if before and not full else RATES:
+            if (rate, epochs) not in done:
+                return rate, epochs
+    return None
+
+
+def near(runs: list[Run]) -> list[float]:
     """Which rates to try with more epochs: the one that validates best with the most epochs so far
     and its neighbours, after two steps only the better neighbour."""
     most = max(run["epochs"] for run in runs)
@@ -88,66 +113,77 @@ def run(
     return session, result, before, held_out_loss(base, test[:TEST_ROWS])
 
 
-def cell(
-    base_name: str, data: str, count: int, seed: int, folder: Path, *, full: bool
-) -> dict[str, Any]:
-    """Default and sweep on one choice of rows."""
+def sweep(cell: Cell, runs: list[Run], folder: Path, *, full: bool) -> Iterator[Run]:
+    """The runs of one choice of rows that are not among `runs`, the defaults first."""
+    base, data, count, seed = cell
     train_file, test_file, options = SETS[data]
     lines = train_file.read_text(encoding="utf-8").splitlines(keepends=True)
     begin = seed * count if (seed + 1) * count <= len(lines) else 0
     rows = folder / "rows.jsonl"
     rows.write_text("".join(lines[begin : begin + count]), encoding="utf-8")
-    train = {"seed": seed, "sample_prompt": ["Hello"]}
-    values = {"model": {"name": BASES[base_name]}, "data": {"path": rows, **options}}
-    began = time.monotonic()
-    session, _, before, default = run({**values, "train": train}, test_file, folder / "run")
-    seconds = time.monotonic() - began
-    chosen = session.plan.config.train
-    runs: list[dict[str, float]] = []
-    for epochs in EPOCHS:
-        for rate in near(runs) if runs and not full else RATES:
-            asked = {**train, "learning_rate": rate, "epochs": epochs}
-            place = folder / f"{rate:g}-{epochs}"
-            try:
-                _, ended, _, after = run({**values, "train": asked}, test_file, place)
-            except NonFiniteError:
-                continue
-            assert ended.best_loss is not None, "100 rows and more hold some out"
-            runs.append({"rate": rate, "epochs": epochs, "valid": ended.best_loss, "test": after})
-            shutil.rmtree(place)
-    best = min(runs, key=lambda run: run["valid"])
-    return {
-        "base": base_name, "data": data, "rows": len(lines[begin : begin + count]), "seed": seed,
-        "before": before, "default": default, "best": best["test"],
-        "default rate": chosen.learning_rate, "default epochs": chosen.epochs,
-        "best rate": best["rate"], "best epochs": best["epochs"],
-        "seconds": {"default": seconds, "sweep": time.monotonic() - began - seconds},
-        "dtype": session.decisions.dtype, "runs": runs,
-    }  # fmt: skip
+    fixed = {"seed": seed, "sample_prompt": ["Hello"]}
+    known = {"base": base, "data": data, "asked rows": count, "seed": seed}
+    known["rows"] = len(lines[begin : begin + count])
+    asked: tuple[float, int] | None = None
+    swept = [one for one in runs if not one["default"]]
+    default = len(swept) == len(runs)  # still to run
+    while default or (asked := next_run(swept, full=full)):
+        chosen = {} if default else dict(zip(("learning_rate", "epochs"), asked or (), strict=True))
+        values = {"model": {"name": BASES[base]}, "data": {"path": rows, **options}}
+        values["train"] = {**fixed, **chosen}
+        found: Run = {**known, "default": default}
+        began = time.monotonic()
+        try:
+            session, ended, before, after = run(values, test_file, folder / "run")
+        except NonFiniteError:
+            if not asked:
+                raise
+            found |= {"rate": asked[0], "epochs": asked[1], "valid": None, "test": None}
+        else:
+            train = session.plan.config.train
+            found |= {"rate": train.learning_rate, "epochs": train.epochs, "before": before}
+            found |= {"valid": ended.best_loss, "test": after, "dtype": session.decisions.dtype}
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        if not default:
+            swept.append(found)
+        default = False
+        yield {**found, "seconds": time.monotonic() - began}
 
 
-def summary(cells: list[dict[str, Any]]) -> bool:
+def summary(runs: list[Run]) -> bool:
     """Share of the sweep's improvement by base, data and rows; printed and recorded."""
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for one in cells:
-        groups[f"{one['base']}, {one['data']}, {one['rows']} rows"].append(one)
+    groups: dict[str, list[tuple[Run, Run]]] = defaultdict(list)
+    for cell, group in sorted(cells(runs).items()):
+        swept = [one for one in group if not one["default"]]
+        default = [one for one in group if one["default"]]
+        if not default or next_run(swept, full=False):
+            print(f"not whole yet: {cell}, {len(group)} runs")
+            continue
+        best = min((one for one in swept if one["valid"] is not None), key=lambda one: one["valid"])
+        groups[f"{cell[0]}, {cell[1]}, {default[0]['rows']} rows"].append((default[0], best))
     figures: dict[str, float] = {}
     details = {}
-    for name, group in sorted(groups.items()):
-        gained = statistics.mean(one["before"] - one["default"] for one in group)
-        possible = statistics.mean(one["before"] - one["best"] for one in group)
+    for name, pairs in sorted(groups.items()):
+        gained = statistics.mean(default["before"] - default["test"] for default, _ in pairs)
+        possible = statistics.mean(default["before"] - best["test"] for default, best in pairs)
         figures[name] = gained / possible
         details[name] = {
-            "seeds": len(group), "before": statistics.mean(one["before"] for one in group),
-            "default": statistics.mean(one["default"] for one in group),
-            "best": statistics.mean(one["best"] for one in group),
-            "default rate and epochs": [group[0]["default rate"], group[0]["default epochs"]],
-            "best rates and epochs": [[one["best rate"], one["best epochs"]] for one in group],
+            "seeds": len(pairs), "before": statistics.mean(one["before"] for one, _ in pairs),
+            "default": statistics.mean(one["test"] for one, _ in pairs),
+            "best": statistics.mean(one["test"] for _, one in pairs),
+            "default rate and epochs": [pairs[0][0]["rate"], pairs[0][0]["epochs"]],
+            "best rates and epochs": [[one["rate"], one["epochs"]] for _, one in pairs],
         }  # fmt: skip
-        print(f"{100 * figures[name]:6.1f} %  {name} ({len(group)} seeds)")
+        print(f"{100 * figures[name]:6.1f} %  {name} ({len(pairs)} seeds)")
     bounds = dict.fromkeys(figures, f">= {ENOUGH}")
     command = "python -m benchmarks.defaults_sweep"
     return record.write("defaults_sweep", command, figures, bounds, cells=details)
+
+
+def read() -> list[Run]:
+    """All runs on record."""
+    lines = RUNS.read_text(encoding="utf-8").splitlines() if RUNS.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def main() -> bool:
@@ -158,28 +194,23 @@ def main() -> bool:
     parser.add_argument("--rows", nargs="*", type=int, default=[100, 300, 3000])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--full", action="store_true", help="every rate for every number of epochs")
-    parser.add_argument("--again", action="store_true", help="forget the cells done before")
+    parser.add_argument("--again", action="store_true", help="forget the runs done before")
     arguments = parser.parse_args()
     if arguments.again:
-        CELLS.unlink(missing_ok=True)
-    done = [json.loads(line) for line in CELLS.read_text().splitlines()] if CELLS.exists() else []
-    known = {(c["base"], c["data"], c["asked rows"], c["seed"]) for c in done}
-    for count in arguments.rows:
-        for seed in range(arguments.seeds):
-            for name in arguments.bases:
-                if name.startswith("grown") and not (GROWN / "config.json").exists():
-                    grow()
-                for data in arguments.sets:
-                    if (name, data, count, seed) in known:
-                        continue
-                    with tempfile.TemporaryDirectory() as temporary:
-                        found = cell(name, data, count, seed, Path(temporary), full=arguments.full)
-                    found["asked rows"] = count
-                    done.append(found)
-                    with CELLS.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(found) + "\n")
-                    print(json.dumps({k: v for k, v in found.items() if k != "runs"}), flush=True)
-    return summary(done)
+        RUNS.unlink(missing_ok=True)
+    for count, seed, base, data in itertools.product(
+        arguments.rows, range(arguments.seeds), arguments.bases, arguments.sets
+    ):
+        if base.startswith("grown") and not (GROWN / "config.json").exists():
+            grow()
+        cell = (base, data, count, seed)
+        with tempfile.TemporaryDirectory() as temporary:
+            done = cells(read())[cell]
+            for found in sweep(cell, done, Path(temporary), full=arguments.full):
+                with RUNS.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(found) + "\n")
+                print(json.dumps(found), flush=True)
+    return summary(read())
 
 
 if __name__ == "__main__":
