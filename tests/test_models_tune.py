@@ -14,7 +14,10 @@ from tsugiki.adapters.attach import attach, detach, lora_modules
 from tsugiki.config import LoraConfig
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.models.flat import flat_forward, use_flat_attention
+from tsugiki.models.hub import resolve_model
+from tsugiki.models.load import load_base
 from tsugiki.models.tune import tune
+from tsugiki.models.tuned import TunedFeed
 
 LENGTHS = (7, 60, 3)
 
@@ -106,6 +109,34 @@ def test_a_module_that_computes_something_else_is_kept() -> None:
     assert [text for text in tuned.kept if "Doubled" in text and "off by" in text]
     assert tuned.replaced["attention"] == 3, "the rest is replaced"
     assert all(isinstance(layer.mlp, Doubled) for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_trained_model_is_tuned_whole(seed: int) -> None:
+    """Its keys' gradients hang on few numbers: one input's roundings say little of them."""
+    model = load_base(resolve_model(None), dtype=torch.bfloat16).model
+    attach(model, LoraConfig(), generator=torch.Generator().manual_seed(seed))
+    tuned = tune(model)
+    assert not tuned.kept, tuned.kept
+    assert tuned.replaced == {"attention": 6, "feed-forward": 6, "norm": 13, "head": 1}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_replacement_a_little_further_off_is_refused_by_every_draw(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = TunedFeed.forward
+    generator = torch.Generator().manual_seed(seed)
+
+    def coarse(self: TunedFeed, x: torch.Tensor) -> torch.Tensor:
+        out = right(self, x)
+        noise = 0.005 * torch.randn(out.shape, generator=generator)  # the original's: 0.003
+        return (out.float() * (1 + noise)).to(out)
+
+    monkeypatch.setattr(TunedFeed, "forward", coarse)
+    tuned = tune(adapted("llama", torch.bfloat16))
+    assert "feed-forward" not in tuned.replaced
+    assert tuned.replaced["attention"] == 3, "the rest is replaced"
 
 
 def test_the_head_takes_caps_from_the_config() -> None:

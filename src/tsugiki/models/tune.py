@@ -39,7 +39,8 @@ from tsugiki.models.tuned import (
 
 LENGTHS = (9, 61, 5)  # tokens of the documents of the proof
 LAYERS = 3  # of each kind are tried: the first, one in the middle, the last
-DRAWS = 4  # at most, of adapters and upstream gradients
+DRAWS = 12  # at most, of adapters, upstream gradients and inputs
+BESIDE = 0.02  # how far inputs drawn lie beside the one seen, relative
 SPREAD = 0.02  # of B in the proof: with B = 0 the gradient of A would prove nothing
 
 
@@ -264,14 +265,16 @@ def _try_kind(
 def prove(module: nn.Module, build: Build, hidden: Tensor, kwargs: dict[str, Any]) -> str:
     """Why the replacement of `module` is not as good on this input; '' where it is.
 
-    One draw of adapters and upstream gradients has few numbers in some tensors, and chance can put
-    their error beyond the bound: where it does, the errors of several draws are taken together.
+    One draw of adapters and upstream gradients has few numbers in some tensors, and where a few of
+    the input's weigh most, as keys' gradients in trained models, so does one rounding of it: chance
+    can put an error beyond the bound. Then the errors of several draws are taken together, each on
+    an input of its own beside the one seen.
     """
     own = _apart(module).eval()
     reason, together = "", None
     for seed in range(DRAWS):
         try:
-            drawn = _three(own, build, hidden, kwargs, seed)
+            drawn = _three(own, build, _beside(hidden, seed), kwargs, seed)
         except Exception as error:  # whatever a foreign module raises means: keep it
             return f"cannot be tried: {str(error).strip().splitlines()[0][:120]}"
         if together is not None:
@@ -283,6 +286,15 @@ def prove(module: nn.Module, build: Build, hidden: Tensor, kwargs: dict[str, Any
         if not reason:
             break
     return reason
+
+
+def _beside(hidden: Tensor, seed: int) -> Tensor:
+    """The input seen, for every seed but zero with noise, so that its roundings are others."""
+    if seed == 0:
+        return hidden
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(hidden.shape, generator=generator).to(hidden.device)
+    return hidden * (1 + BESIDE * noise).to(hidden.dtype)
 
 
 def _three(
