@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from pathlib import Path
 
@@ -12,7 +13,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers_for_tests import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tsugiki.models.fingerprint import Fingerprint, fingerprint_folder, fingerprint_tensors
+from tsugiki.models.fingerprint import (
+    Fingerprint,
+    fingerprint_folder,
+    fingerprint_stored,
+    fingerprint_tensors,
+)
 from tsugiki.models.isolation import probe_isolation
 from tsugiki.models.spec import ModelSpec, NameMap
 
@@ -76,6 +82,24 @@ def test_few_tensors_are_in_memory_at_a_time() -> None:
     fingerprint_tensors(tensors(), NameMap(torch.nn.Linear(1, 1)))
     assert len(alive) == 60
     assert max(alive) <= 6
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="this system keeps no such peak"
+)
+def test_a_file_is_not_mapped_whole_beside_the_weights(tmp_path: Path) -> None:
+    size = 4 << 20
+    tensors = {f"weight{n}": torch.zeros(size // 2, dtype=torch.bfloat16) for n in range(16)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    del tensors
+
+    def megabytes(kind: str) -> float:
+        return int(Path("/proc/self/status").read_text().partition(kind)[2].split()[0]) / 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = megabytes("VmRSS:")
+    fingerprint_stored(tmp_path, NameMap(torch.nn.Linear(1, 1)))
+    assert megabytes("VmHWM:") - before <= 32, "of 64"
 
 
 def test_the_cache_is_only_for_the_same_files(tmp_path: Path) -> None:

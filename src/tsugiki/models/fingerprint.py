@@ -11,18 +11,18 @@ import contextlib
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from tsugiki.errors import TsugikiError
 from tsugiki.files import atomic_write, cache_folder
+from tsugiki.models.shards import Stored, map_file, read_shard, release, view
 
 VERSION = 1
 THREADS = 2
@@ -66,17 +66,23 @@ def fingerprint_stored(folder: Path, names: Names) -> Fingerprint:
     except (OSError, ValueError, KeyError, TypeError):
         pass
 
-    def tensors() -> Iterable[tuple[str, Tensor]]:
-        for file in files:
-            with safe_open(file, framework="pt") as stream:
-                for name in stream.keys():  # noqa: SIM118 (not a dict)
-                    yield name, stream.get_tensor(name)
-
-    result = fingerprint_tensors(tensors(), names)
+    result = fingerprint_tensors(_tensors_of(files), names)
     content = {"version": VERSION, "stamp": stamp, **result.__dict__}
     with contextlib.suppress(TsugikiError):  # a cache that cannot be written only costs time
         atomic_write(cache, json.dumps(content))
     return result
+
+
+def _tensors_of(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Every stored tensor; memory that reading one brought in is let go of a few tensors later."""
+    for file in files:
+        mapped = map_file(file)
+        read: deque[Stored] = deque()
+        for stored in read_shard(file).tensors:
+            yield stored.name, view(mapped, stored)
+            read.append(stored)
+            if len(read) > THREADS:
+                release(mapped, read.popleft())
 
 
 def fingerprint_tensors(tensors: Iterable[tuple[str, Tensor]], names: Names) -> Fingerprint:

@@ -184,10 +184,7 @@ class StoredModel:
 
     def release(self, name: str) -> None:
         """Let go of the memory that reading a tensor brought in; its views stay right."""
-        stored = self.tensors[name]
-        begin = -(-stored.begin // mmap.PAGESIZE) * mmap.PAGESIZE
-        if hasattr(mmap, "MADV_DONTNEED") and stored.end - begin >= mmap.PAGESIZE:
-            self._map(stored.file).madvise(mmap.MADV_DONTNEED, begin, stored.end - begin)
+        release(self._map(self.tensors[name].file), self.tensors[name])
 
     def _map(self, path: Path) -> mmap.mmap:
         if path not in self._maps:
@@ -199,6 +196,13 @@ def map_file(path: Path) -> mmap.mmap:
     """The file as memory; private, since torch wants a buffer that it could write."""
     with open(path, "rb") as stream:
         return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def release(mapped: mmap.mmap, stored: Stored) -> None:
+    """Let go of the memory that reading a tensor of a mapped file brought in."""
+    begin = -(-stored.begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    if hasattr(mmap, "MADV_DONTNEED") and stored.end - begin >= mmap.PAGESIZE:
+        mapped.madvise(mmap.MADV_DONTNEED, begin, stored.end - begin)
 
 
 def view(mapped: mmap.mmap, stored: Stored) -> Tensor:
