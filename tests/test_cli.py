@@ -17,7 +17,7 @@ from tokenizers_for_tests import CHATML, tiny_tokenizer
 from tsugiki.config import RunConfig, build_config, flag_fields, read_yaml
 from tsugiki.errors import DiskError, UsageError
 from tsugiki.presets import PRESETS, preset
-from tsugiki.training.keeping import refuse_used
+from tsugiki.training.place import refuse_used
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tsugiki.data import files
 from tsugiki.data.files import Record, Skipped, read_records
 from tsugiki.data.formats import Rows, read_rows
+from tsugiki.data.named import SUFFIXES
 from tsugiki.errors import DataError
 
 GOOD = {"prompt": "two and two?", "completion": "four"}
@@ -354,7 +355,7 @@ PIECES = st.sampled_from(
 @settings(max_examples=400, deadline=None)
 @given(
     st.lists(st.one_of(PIECES, st.binary(max_size=12)), max_size=12),
-    st.sampled_from(files.SUFFIXES),
+    st.sampled_from(SUFFIXES),
 )
 def test_no_file_makes_a_traceback(pieces: list[bytes], suffix: str) -> None:
     with tempfile.TemporaryDirectory() as folder:

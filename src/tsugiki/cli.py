@@ -82,6 +82,7 @@ def train(
         run_config = build_config(stored, settings)
     else:
         run_config = configure(settings, config)
+        refuse_paths(run_config)
     from tsugiki.pipelines import run_training
 
     run_training(run_config, Terminal(as_json=as_json), resume=resume, dry_run=dry_run)
@@ -99,6 +100,23 @@ def configure(settings: dict[str, Any], config: Path | None) -> RunConfig:
     from_file = read_yaml(config) if config else {}
     name = settings.get("preset", from_file.get("preset"))
     return build_config(preset(name) if name else {}, from_file, settings)
+
+
+def refuse_paths(config: RunConfig) -> None:
+    """What a run reads must be there and what it writes must not: told before torch is loaded.
+
+    Raises:
+        DataError: no such file, or of a kind that is not read.
+        RunError, DiskError: an output folder that is used, or could not be made.
+    """
+    from tsugiki.data.named import data_files, find_data
+    from tsugiki.training.place import refuse_used
+
+    if config.output is not None:
+        refuse_used(config.output)
+    data_files(find_data(config.data.path))
+    if config.data.eval_data is not None:
+        data_files(config.data.eval_data)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from tsugiki.config import RunConfig
 from tsugiki.data import aozora
 from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import Prepared
-from tsugiki.data.files import data_files
+from tsugiki.data.named import data_files
 from tsugiki.data.report import counts_table, show
 from tsugiki.errors import DataError
 from tsugiki.files import atomic_write

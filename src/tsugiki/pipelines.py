@@ -20,6 +20,7 @@ from tsugiki.config import RunConfig, Section
 from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import Prepared, prepare
 from tsugiki.data.formats import Rows, read_rows
+from tsugiki.data.named import find_data
 from tsugiki.device import Decisions, decide
 from tsugiki.errors import DataError, UsageError, ran_out
 from tsugiki.files import read_json, require_space
@@ -43,8 +44,8 @@ from tsugiki.planning import (
 from tsugiki.showing import show_plan, show_rows
 from tsugiki.terminal import Terminal
 from tsugiki.training.events import TrainResult
-from tsugiki.training.keeping import refuse_used
 from tsugiki.training.loop import train
+from tsugiki.training.place import refuse_used
 from tsugiki.watching import tell
 
 
@@ -126,9 +127,8 @@ def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) 
             got=f"--method full --quantize {config.model.quantize}",
             fix="leave one of them out",
         )
-    config = config.model_copy(
-        update={"data": config.data.model_copy(update={"path": find_data(config)})}
-    )
+    path = find_data(config.data.path)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
     resolved = resolve_model(config.model.name, config.model.revision)
     if config.model.name is None:
         text = "no --model given: training sprout, the small practice model that comes with tsugiki"
@@ -217,24 +217,6 @@ def absolute_paths(config: RunConfig) -> dict[str, Section]:
         "data": data.model_copy(update=paths),
         "model": config.model.model_copy(update={"name": name}),
     }
-
-
-def find_data(config: RunConfig) -> Path:
-    """The data that was named, else the only file in `data/`.
-
-    Raises:
-        DataError: nothing named and not exactly one file there.
-    """
-    if config.data.path is not None:
-        return config.data.path
-    found = [p for p in sorted(Path("data").glob("*")) if p.is_file() and p.name[0] != "."]
-    if len(found) != 1:
-        raise DataError(
-            "no data was named",
-            got=f"{len(found)} files in data/" if found else "no file in data/",
-            fix="tsugiki train my.jsonl",
-        )
-    return found[0]
 
 
 def _read(path: Path, config: RunConfig) -> Rows:

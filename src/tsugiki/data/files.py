@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tsugiki.data import aozora
-from tsugiki.data.unreadable import elsewhere, refuse_packed, to_utf8
+from tsugiki.data.unreadable import refuse_packed, to_utf8
 from tsugiki.errors import DataError
 
 NOT_UTF8 = "not valid UTF-8"
@@ -25,8 +25,6 @@ SHOWN_REASONS = 3
 WHOLE_LIMIT = 1 << 30  # bytes of a file that is read as one value under the name of lines
 LINE_LIMIT = 32 << 20  # bytes of one line or cell; longer ones are skipped unread
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-SUFFIXES = (*ROW_SUFFIXES, ".txt", ".md")
 
 
 @dataclass(frozen=True)
@@ -43,44 +41,6 @@ class Skipped:
 
     source: str
     reason: str
-
-
-def data_files(path: Path) -> list[Path]:
-    """The file itself, or the data files of a folder, sorted.
-
-    A folder's texts count only where it holds no files of rows: beside rows they are a README or a
-    licence.
-
-    Raises:
-        DataError: nothing there, no permission, or a kind that is not read.
-    """
-    if not path.exists():
-        raise DataError(f"there is no file {path}", fix=elsewhere(path))
-    if path.is_dir():
-        found = sorted(
-            p
-            for p in path.rglob("*")
-            if p.is_file()
-            and p.suffix.lower() in SUFFIXES
-            and not any(part.startswith(".") for part in p.relative_to(path).parts)
-        )
-        if not found:
-            raise DataError(
-                f"the folder {path} holds no data files",
-                allowed=", ".join(SUFFIXES),
-                fix="put the rows there, or name the file that holds them",
-            )
-        return [p for p in found if p.suffix.lower() in ROW_SUFFIXES] or found
-    if path.suffix.lower() not in SUFFIXES:
-        if path.is_file():
-            refuse_packed(path, "")
-        raise DataError(
-            f"{path}: this kind of file is not read",
-            got=path.suffix or "no suffix",
-            allowed=", ".join(SUFFIXES),
-            fix="name it by what it holds, e.g. rows.jsonl, table.csv, text.txt",
-        )
-    return [path]
 
 
 def read_records(path: Path) -> Iterator[Record | Skipped]:

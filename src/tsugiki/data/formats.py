@@ -16,14 +16,13 @@ from typing import Any
 from tsugiki.data.columns import given_templates, propose
 from tsugiki.data.files import (
     NOT_UTF8,
-    ROW_SUFFIXES,
     Record,
     Skipped,
-    data_files,
     parse,
     read_records,
     reasons,
 )
+from tsugiki.data.named import ROW_SUFFIXES, data_files
 from tsugiki.data.row import (
     Message,
     Row,

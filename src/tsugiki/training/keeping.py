@@ -6,8 +6,6 @@ Knows adapters and models' files, not the loop.
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ from tsugiki.adapters.storage import BaseIdentity, save_adapter, versions
 from tsugiki.config import RunConfig
 from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import Prepared
-from tsugiki.errors import DiskError, NonFiniteError, RunError, TsugikiError
-from tsugiki.files import as_disk_error, atomic_folder, atomic_write, read_json, write_json
+from tsugiki.errors import DiskError, NonFiniteError, TsugikiError
+from tsugiki.files import atomic_folder, atomic_write, read_json, write_json
 from tsugiki.models.load import Base
 from tsugiki.models.spec import NameMap, stored_dtype
 from tsugiki.training.checkpoint import as_os_error
@@ -29,30 +27,6 @@ FREE_ON_RESUME = {
     "save_every", "log_every", "sample_prompt", "show_grad_norms",
     "gradient_checkpointing", "max_memory",
 }  # fmt: skip
-
-
-def refuse_used(folder: Path) -> None:
-    """Refuse an output folder that a run could not be put in, before anything is read for it.
-
-    Raises:
-        RunError: a file, or a folder that holds something already.
-        DiskError: it could not be made there.
-    """
-    try:
-        if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
-            raise RunError(
-                f"the output folder {folder} exists already",
-                fix=f"--resume {folder} goes on with it; or choose another --output",
-            )
-        there = folder
-        while not os.path.lexists(there):
-            there = there.parent
-        if not there.is_dir():
-            raise RunError(f"{there} is a file, not a folder", fix="choose another --output")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise as_disk_error(error, folder) from None
 
 
 def base_identity(base: Base) -> BaseIdentity:

@@ -47,12 +47,12 @@ from tsugiki.training.gradients import few_passes, settle, told_by
 from tsugiki.training.keeping import (
     base_identity,
     keep_state,
-    refuse_used,
     report,
     run_identity,
     told,
 )
 from tsugiki.training.objective import held_out_loss, summed_loss
+from tsugiki.training.place import refuse_used
 from tsugiki.training.ranks import ranks
 from tsugiki.training.samples import answer_all, choose_prompts
 from tsugiki.training.scaling import needs_scaling
