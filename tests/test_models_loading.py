@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from families import save_tiny
+from hub_server import COMMIT
+from runs import own_cache
 from tokenizers_for_tests import CHATML, tiny_tokenizer
 
+from tsugiki.config import read_yaml
 from tsugiki.errors import ModelError
 from tsugiki.models.load import load_base, resolve_model
 
@@ -147,7 +150,7 @@ import sys
 from tsugiki.errors import TsugikiError
 from tsugiki.models.hub import resolve_model
 try:
-    found = resolve_model(sys.argv[1])
+    found = resolve_model(*sys.argv[1:])
     print("FOUND", found.commit, sorted(p.name for p in found.folder.iterdir()))
 except TsugikiError as error:
     print(error)
@@ -161,6 +164,7 @@ def surroundings(hub: tuple[int, Path]) -> dict[str, str]:
         **os.environ,
         "HF_ENDPOINT": f"http://127.0.0.1:{port}",
         "HF_HOME": str(folder / "home"),
+        "TSUGIKI_CACHE": own_cache(folder / "cache"),
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DOWNLOAD_TIMEOUT": "5",
@@ -168,10 +172,10 @@ def surroundings(hub: tuple[int, Path]) -> dict[str, str]:
     }
 
 
-def ask(hub: tuple[int, Path], name: str) -> tuple[int, str]:
+def ask(hub: tuple[int, Path], *model: str, **more: str) -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, "-c", CODE, name],
-        env=surroundings(hub), capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, "-c", CODE, *model],
+        env=surroundings(hub) | more, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout
@@ -180,7 +184,7 @@ def ask(hub: tuple[int, Path], name: str) -> tuple[int, str]:
 def test_the_hub(hub: tuple[int, Path]) -> None:
     code, said = ask(hub, "good/tiny")
     assert code == 0, said
-    assert "0123456789abcdef0123456789abcdef01234567" in said
+    assert COMMIT in said
     assert "model.safetensors" in said
 
     code, said = ask(hub, "good/tinny")
@@ -239,17 +243,34 @@ def test_a_part_that_is_not_the_hubs_is_fetched_anew(hub: tuple[int, Path]) -> N
     assert sent(hub, "other") == [(1000, len(content) - 1000), (0, len(content))]
 
 
+def test_what_came_whole_needs_no_network(hub: tuple[int, Path]) -> None:
+    alone = (1, hub[1])
+    code, first = ask(hub, "good/tiny")
+    assert code == 0, first
+    assert ask(alone, "good/tiny", COMMIT) == (0, first)
+    assert ask(alone, "good/tiny", HF_HUB_OFFLINE="1") == (0, first)
+    code, said = ask(alone, "good/tiny")
+    assert code != 0
+    assert "HF_HUB_OFFLINE=1 takes what was downloaded last" in said
+    code, said = ask(alone, "good/tiny", COMMIT, TSUGIKI_CACHE=str(hub[1] / "other"))
+    assert code != 0, "whether all of it is there is not on record"
+    next((hub[1] / "home").rglob("snapshots/*/tokenizer.json")).resolve().unlink()
+    code, said = ask(alone, "good/tiny", COMMIT)
+    assert code != 0, "one of its files was deleted"
+
+
 def test_the_commit_of_a_hub_base_is_recorded(hub: tuple[int, Path], tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     done = subprocess.run(
         [sys.executable, "-m", "tsugiki", "train", "rows.jsonl", "--model", "good/tiny",
          "--max-steps", "1", "--output", "run", "--dtype", "float32"],
-        cwd=tmp_path, env={**surroundings(hub), "TSUGIKI_CACHE": str(tmp_path / "cache")},
+        cwd=tmp_path, env=surroundings(hub),
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     base = json.loads((tmp_path / "run" / "adapter" / "tsugiki.json").read_text())["base"]
-    assert (base["name"], base["commit"]) == (
-        "good/tiny",
-        "0123456789abcdef0123456789abcdef01234567",
+    assert (base["name"], base["commit"]) == ("good/tiny", COMMIT)
+    kept = read_yaml(tmp_path / "run" / "config.yaml")["model"]
+    assert (kept["name"], kept["revision"]) == ("good/tiny", COMMIT), (
+        "a resume takes that very base"
     )

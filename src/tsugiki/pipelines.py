@@ -170,7 +170,7 @@ def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) 
         rows, prepared = prepare_rows(config, chat, spec.context)
     show_rows(rows, prepared, tokenizer, terminal)
     trainable = count_trainable(config, spec)
-    stored = config.model_copy(update=absolute_paths(config))
+    stored = config.model_copy(update=lasting(config, resolved))
     plan = make_plan(stored, spec, facts_of(prepared), decisions, trainable=trainable)
     if length.reason:
         plan.reasons["data.max_length"] = length.reason
@@ -203,8 +203,8 @@ def prepare_rows(config: RunConfig, chat: ChatFormat, context: int) -> tuple[Row
     return rows, prepared
 
 
-def absolute_paths(config: RunConfig) -> dict[str, Section]:
-    """Sections whose local paths hold from any folder, so that a resume finds them again."""
+def lasting(config: RunConfig, resolved: ResolvedModel) -> dict[str, Section]:
+    """Sections that mean the same data and base from any folder and on any day, for a resume."""
     data, name = config.data, config.model.name
     paths = {
         key: value.absolute()
@@ -213,9 +213,10 @@ def absolute_paths(config: RunConfig) -> dict[str, Section]:
     }
     if name is not None and Path(name).expanduser().is_dir():
         name = str(Path(name).expanduser().absolute())
+    revision = resolved.commit or config.model.revision
     return {
         "data": data.model_copy(update=paths),
-        "model": config.model.model_copy(update={"name": name}),
+        "model": config.model.model_copy(update={"name": name, "revision": revision}),
     }
 
 

@@ -5,6 +5,7 @@ Contacts the Hub (or HF_ENDPOINT) only for a Hub name, and nothing for a folder.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -13,12 +14,14 @@ from importlib.resources import files
 from pathlib import Path
 
 from tsugiki.errors import HubError, ModelError, TsugikiError, did_you_mean
-from tsugiki.files import require_space
+from tsugiki.files import cache_folder, require_space
 from tsugiki.models.fetching import fetch_weights
 
 WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 UNWANTED = ("*.bin*", "original/*", "onnx/*", "*.gguf", "*consolidated*")
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+COMMIT = re.compile("[0-9a-f]{40}")
+OFFLINE = "without one, HF_HUB_OFFLINE=1 takes what was downloaded last"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ def sprout_folder() -> Path:
 
 def resolve_model(name: str | None, revision: str | None = None) -> ResolvedModel:
     """Find the model, downloading it if the name is a Hub's.
+
+    A commit that came whole before is not asked for again: its files cannot have changed.
 
     Raises:
         ModelError: no such folder, and not a Hub name.
@@ -67,17 +72,22 @@ def _download(name: str, revision: str | None) -> ResolvedModel:
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub import errors as hub_errors
 
+    kept = _kept(name, revision)
+    if kept is not None:
+        return kept
     huggingface_hub.utils.disable_progress_bars() if not os.isatty(2) else None
     patterns = {"allow_patterns": list(WANTED), "ignore_patterns": list(UNWANTED)}
+    cache = Path(constants.HF_HUB_CACHE)
     try:
         if constants.HF_HUB_OFFLINE:
             folder = snapshot_download(name, revision=revision, local_files_only=True, **patterns)
         else:
             api = HfApi()
             info = api.model_info(name, revision=revision, files_metadata=True, timeout=30)
-            _check_space(name, info, Path(constants.HF_HUB_CACHE))
-            fetch_weights(name, info, _blobs(name, Path(constants.HF_HUB_CACHE)))
+            _check_space(name, info, cache)
+            fetch_weights(name, info, _stored(name, cache) / "blobs")
             folder = snapshot_download(name, revision=info.sha, **patterns)
+            _note(name, revision, str(info.sha), cache)
     except TsugikiError:
         raise
     except hub_errors.LocalEntryNotFoundError:
@@ -114,10 +124,39 @@ def _download(name: str, revision: str | None) -> ResolvedModel:
         raise HubError(
             f"the Hub could not be reached, or its answer for {name} could not be read",
             got=f"{type(error).__name__}: {str(error).strip()[:160]}",
-            fix="check the network and run the same command again: it goes on where it stopped",
+            fix="check the network and run the same command again: it goes on where it stopped"
+            + (f"; {OFFLINE}" if any((_stored(name, cache) / "refs").glob("*")) else ""),
         ) from None
     path = Path(folder)
-    return ResolvedModel(path, name, path.name if re.fullmatch("[0-9a-f]{40}", path.name) else None)
+    return ResolvedModel(path, name, path.name if COMMIT.fullmatch(path.name) else None)
+
+
+def _kept(name: str, commit: str | None) -> ResolvedModel | None:
+    """A commit of a model that an earlier run has brought whole, and that is still there."""
+    from huggingface_hub import constants
+
+    if not COMMIT.fullmatch(commit or "") or not _mark(name, str(commit)).exists():
+        return None
+    folder = _stored(name, Path(constants.HF_HUB_CACHE)) / "snapshots" / str(commit)
+    files = list(folder.glob("*"))
+    if not files or not all(file.exists() for file in files):  # links to what was deleted
+        return None
+    return ResolvedModel(folder, name, commit)
+
+
+def _note(name: str, revision: str | None, commit: str, cache: Path) -> None:
+    """Remember that a commit came whole, and as the Hub's client does what a branch stood for."""
+    notes = {_mark(name, commit): ""}
+    if not COMMIT.fullmatch(revision or ""):
+        notes[_stored(name, cache) / "refs" / (revision or "main")] = commit
+    with contextlib.suppress(OSError):  # without them it is asked for again
+        for path, text in notes.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+
+def _mark(name: str, commit: str) -> Path:
+    return cache_folder("whole") / f"{name.replace('/', '--')}-{commit}"
 
 
 def _check_space(name: str, info: object, cache: Path) -> None:
@@ -130,13 +169,14 @@ def _check_space(name: str, info: object, cache: Path) -> None:
         if wanted and not any(fnmatch(file, p) for p in UNWANTED):
             blob = getattr(sibling, "size", None) or 0
             need += int(blob)
-    have = sum(p.stat().st_size for p in _blobs(name, cache).glob("*") if p.is_file())
+    blobs = _stored(name, cache) / "blobs"
+    have = sum(p.stat().st_size for p in blobs.glob("*") if p.is_file())
     require_space(cache, max(0, need - have), f"downloading {name}")
 
 
-def _blobs(name: str, cache: Path) -> Path:
-    """Where the Hub's client keeps a model's files, each under its hash."""
-    return cache / f"models--{name.replace('/', '--')}" / "blobs"
+def _stored(name: str, cache: Path) -> Path:
+    """Where the Hub's client keeps what it has of a model."""
+    return cache / f"models--{name.replace('/', '--')}"
 
 
 def _gated(name: str, why: str) -> HubError:

@@ -240,7 +240,7 @@ def _resolve(who: Who, folders: dict[str, Path], terminal: Terminal) -> Resolved
         return resolve_model(name, who.revision or commit)
     except ModelError as error:
         terminal.warn(
-            f"the base that {folder} was trained on is {name}; --model names another place"
+            f"{folder} was trained on {name}; where that lies elsewhere, --model FOLDER names it"
         )
         raise error from None
 
