@@ -6,6 +6,7 @@ the model untouched. Knows no files and no training.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -90,14 +91,16 @@ def place(
         path: LoraLinear(model.get_submodule(path), a, b, scales[path], dropout)
         for path, (a, b) in pairs.items()
     }
+    uses = _uses(model)
     thawed = tuple(p for p in model.parameters() if p.requires_grad)
     model.requires_grad_(False)
-    for path, module in new.items():
+    for module in new.values():
         module.thawed = thawed
         module.train(module.base.training)
         module.lora_A.requires_grad_(trainable)
         module.lora_B.requires_grad_(trainable)
-        _set(model, path, module)
+        for parent, name in uses[module.base]:
+            setattr(parent, name, module)
 
 
 def training_mode(model: nn.Module, on: bool) -> None:
@@ -113,9 +116,10 @@ def training_mode(model: nn.Module, on: bool) -> None:
 
 def detach(model: nn.Module) -> list[str]:
     """Put the plain modules back and thaw what `attach` froze; returns the projections' paths."""
-    found = list(lora_modules(model))
-    for path, module in found:
-        _set(model, path, module.base)
+    found, uses = list(lora_modules(model)), _uses(model)
+    for _, module in found:
+        for parent, name in uses[module]:
+            setattr(parent, name, module.base)
         for parameter in module.thawed:
             parameter.requires_grad_(True)
     use_own_products(model)
@@ -123,6 +127,11 @@ def detach(model: nn.Module) -> list[str]:
     return [path for path, _ in found]
 
 
-def _set(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent) if parent else model, name, module)
+def _uses(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """Where each module stands: (parent, name) of every use, one that is shared has several."""
+    uses: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                uses[child].append((parent, name))
+    return uses

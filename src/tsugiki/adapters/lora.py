@@ -7,6 +7,7 @@ handed back; the arithmetic is `kernels/linear.py`'s. Knows no model and no file
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tsugiki.kernels.linear import LoraTerm, grouped_linear
@@ -56,7 +57,17 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out)."""
+        if torch.is_autocast_enabled(x.device.type):
+            return self._autocast(x)
         return grouped_linear(x, [frozen_weight(self.base)], [[self.term]])[0]
+
+    def _autocast(self, x: Tensor) -> Tensor:
+        """Plain products, in the type that a loop of somebody's own asked torch for."""
+        thin = F.dropout(x, self.dropout, self.training)
+        change = F.linear(F.linear(thin, self.lora_A), self.lora_B)
+        out = self.base(x) + self.scale * change
+        assert isinstance(out, Tensor)
+        return out
 
     def extra_repr(self) -> str:
         """Rank and scale, for printing the model."""

@@ -42,6 +42,5 @@ class LossScale:
 
 
 def needs_scaling(model: nn.Module) -> bool:
-    """Whether a transformers model computes in float16."""
-    table = model.get_input_embeddings()  # type: ignore[operator]
-    return bool(table.weight.dtype == torch.float16)
+    """Whether a model computes in float16."""
+    return any(p.dtype == torch.float16 for p in model.parameters())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tsugiki.adapters.attach import lora_modules, training_mode
+from tsugiki.config import build_config
 from tsugiki.data.chat import IGNORED, Example
 from tsugiki.data.loader import Loader
 from tsugiki.errors import AdapterError, DataError, UsageError
@@ -33,6 +34,10 @@ from tsugiki.training.ranks import ranks
 from tsugiki.training.scaling import LossScale, needs_scaling
 from tsugiki.training.schedule import learning_rate as rate_at
 from tsugiki.training.step import make_optimizer, optimiser_step
+
+OWN_LOOP = (
+    "a loop of your own: after tsugiki.attach only the adapter's parameters have requires_grad"
+)
 
 
 def train(
@@ -53,7 +58,8 @@ def train(
 
     Args:
         model: any transformers causal model; documents lie end to end where its architecture
-            keeps them apart, else each runs alone.
+            keeps them apart, else each runs alone. Any other module takes ids (1, T) and gives
+            logits (1, T, V).
         rows: (ids, labels) of equal length, label -100 where nothing is trained.
         steps: optimiser steps.
 
@@ -62,20 +68,22 @@ def train(
         skipped have theirs too.
 
     Raises:
-        AdapterError: nothing is attached, or not a transformers causal model.
-        DataError: no rows, or rows that train nothing.
-        UsageError: steps below 1.
+        AdapterError: nothing is attached, or no causal model.
+        DataError: no rows, rows that train nothing, ids that the model has no place for.
+        UsageError: a value that makes no sense.
         NonFiniteError: NaN or inf, before the update.
     """
     if next(lora_modules(model), None) is None:
         raise AdapterError("no adapter is attached", fix="tsugiki.attach(model, LoraConfig())")
     if steps < 1:
         raise UsageError("steps must be at least 1", got=steps)
-    examples = tuple(
-        Example(tuple(ids), tuple(labels), f"row {i}") for i, (ids, labels) in enumerate(rows, 1)
-    )
-    if not any(label != IGNORED for e in examples for label in e.labels[1:]):
-        raise DataError("no row has a label that can be trained")
+    values = {
+        "learning_rate": learning_rate, "batch_size": batch_size, "weight_decay": weight_decay,
+        "gradient_accumulation_steps": gradient_accumulation_steps, "warmup_ratio": warmup_ratio,
+        "scheduler": scheduler, "max_grad_norm": max_grad_norm, "seed": seed,
+    }  # fmt: skip
+    build_config({"train": values})  # raises for what makes no sense
+    examples = _examples(model, rows)
     losses = []
     with _made_ready(model) as bare:
         torch.manual_seed(seed)
@@ -101,18 +109,47 @@ def train(
     return losses
 
 
+def _examples(
+    model: nn.Module, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> tuple[Example, ...]:
+    """The rows, each looked at."""
+    config = model.config if isinstance(model, PreTrainedModel) else None
+    text = None if config is None else config.get_text_config()
+    known, context = (getattr(text, n, None) for n in ("vocab_size", "max_position_embeddings"))
+    examples = []
+    for number, (ids, labels) in enumerate(rows, 1):
+        named = [*ids, *(label for label in labels if label != IGNORED)]
+        wrong = None
+        if len(ids) != len(labels) or not ids:
+            wrong = f"{len(ids)} ids and {len(labels)} labels"
+        elif min(named) < 0 or (known is not None and max(named) >= known):
+            wrong = f"ids {min(named)} to {max(named)}, the model knows {known or 'none below 0'}"
+        elif context is not None and len(ids) > context:
+            wrong = f"{len(ids)} ids, the model sees {context}"
+        if wrong:
+            raise DataError(f"row {number} cannot be trained on", got=wrong)
+        examples.append(Example(tuple(ids), tuple(labels), f"row {number}"))
+    if not any(label != IGNORED for e in examples for label in e.labels[1:]):
+        raise DataError("no row has a label that can be trained")
+    return tuple(examples)
+
+
 @contextlib.contextmanager
 def _made_ready(model: nn.Module) -> Iterator[_Bare]:
     """Our attention and faster modules for a while; then everything is put back."""
+    if not isinstance(model, PreTrainedModel):
+        modes = [(m, m.training) for m in model.modules()]
+        yield _Bare(model, Tuned(), flat=False)
+        for module, mode in modes:
+            module.training = mode
+        return
     known = cast(Any, model)
-    causal = isinstance(model, PreTrainedModel) and known.can_generate()
-    if not causal or known.config.is_encoder_decoder:
+    if not known.can_generate() or known.config.is_encoder_decoder:
         raise AdapterError(
-            "tsugiki.train needs a transformers causal model",
+            "tsugiki.train needs a causal model",
             got=type(model).__name__,
-            allowed="what AutoModelForCausalLM loads",
-            fix="a loop of your own: after tsugiki.attach only the adapter's parameters have "
-            "requires_grad",
+            allowed="what AutoModelForCausalLM loads, or a module from ids (1, T) to logits",
+            fix=OWN_LOOP,
         )
     flat, attention = probe_isolation(known.config).holds, known.config._attn_implementation
     modes = [(m, m.training) for m in model.modules()]
@@ -143,4 +180,26 @@ class _Bare:
         """Logits (1, n, V) of sequences laid end to end."""
         if self.flat:
             return flat_forward(self.model, ids, batch, logits_at=logits_at)
-        return solo_forward(self.model, ids, batch.lengths, logits_at=logits_at)
+        if isinstance(self.model, PreTrainedModel):
+            return solo_forward(self.model, ids, batch.lengths, logits_at=logits_at)
+        pieces = [self._alone(document) for document in torch.split(ids, list(batch.lengths), 1)]
+        logits = torch.cat(pieces, dim=1)
+        return logits if logits_at is None else logits[:, logits_at]
+
+    def _alone(self, ids: Tensor) -> Tensor:
+        """Logits of one document by a module that is no transformers model."""
+        try:
+            out = self.model(ids)
+        except (RuntimeError, TypeError, IndexError) as error:
+            got: object = f"{type(error).__name__}: {error}"[:200]
+            cause: Exception | None = error
+        else:
+            if isinstance(out, Tensor) and out.dim() == 3 and out.shape[:2] == ids.shape:
+                return out
+            got, cause = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__, None
+        raise AdapterError(
+            "tsugiki.train asked a module for logits of every token",
+            got=got,
+            allowed=f"(1, {ids.shape[1]}, vocabulary) for ids (1, {ids.shape[1]})",
+            fix=OWN_LOOP,
+        ) from cause
