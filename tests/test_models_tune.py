@@ -11,13 +11,14 @@ from families import FAMILIES, tiny_model
 from torch import nn
 
 from tsugiki.adapters.attach import attach, detach, lora_modules
+from tsugiki.adapters.lora import LoraLinear
 from tsugiki.config import LoraConfig
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.models.flat import flat_forward, use_flat_attention
 from tsugiki.models.hub import resolve_model
 from tsugiki.models.load import load_base
 from tsugiki.models.tune import tune
-from tsugiki.models.tuned import TunedFeed
+from tsugiki.models.tuned import Replacement, TunedFeed
 
 LENGTHS = (7, 60, 3)
 
@@ -74,6 +75,30 @@ def test_logits_and_gradients_are_the_originals(family: str) -> None:
         flat_forward(plain, torch.arange(9)[None], ForwardBatch((9,))),
         atol=1e-4,
     )
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_outputs_may_be_changed_in_place(family: str, tuned: bool) -> None:
+    """As Falcon and Gemma 3n do with their projections' outputs."""
+    found = []
+    for place in (False, True):
+        model = adapted(family)
+        if tuned:
+            tune(model)
+
+        def change(_: nn.Module, __: object, out: Any, place: bool = place) -> Any:
+            first = out[0] if isinstance(out, tuple) else out
+            first = first.mul_(1.5) if place else first * 1.5
+            return (first, *out[1:]) if isinstance(out, tuple) else first
+
+        kinds = (Replacement,) if tuned else (LoraLinear,)
+        handles = [m.register_forward_hook(change) for m in model.modules() if isinstance(m, kinds)]
+        assert len(handles) >= 6
+        found.append(gradients(model)[1])
+    apart, place_grads = found
+    for name, grad in apart.items():
+        assert torch.equal(place_grads[name], grad), name
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

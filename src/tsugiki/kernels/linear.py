@@ -334,7 +334,8 @@ class _Grouped(torch.autograd.Function):
         if group is not None:
             ctx.save_for_backward(flat, group.a, group.s, *pairs)
             ctx.layout = (group.columns, rate, group.seed)
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in out)
+        # no views, which could not be changed in place, as Falcon does
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]).data for y in out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -151,7 +151,7 @@ class _Feed(torch.autograd.Function):
         ctx.feed, ctx.shape = feed, x.shape
         ctx.layouts = [group and (group.columns, rate, group.seed) for group in (above, below)]
         ctx.save_for_backward(flat, *wide, *(t for g in groups for t in (g.a, g.s)), *pairs)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], -1).data  # no view: it may be changed in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -58,7 +58,7 @@ class _RmsNorm(torch.autograd.Function):
         if fused is not None:
             out, inverse = fused.norm_rows(flat, weight, eps, offset)
             ctx.save_for_backward(flat, inverse, weight)
-            return cast(Tensor, out.view(x.shape))
+            return cast(Tensor, out.view(x.shape).data)  # no view: it may be changed in place
         wide = _wide(x.dtype)
         scale = weight.to(wide) + offset
         inverse = torch.empty(flat.shape[0], 1, dtype=wide, device=x.device)
@@ -71,7 +71,7 @@ class _RmsNorm(torch.autograd.Function):
             r = torch.rsqrt(mean, out=inverse[rows])
             out[rows] = block.mul_(r).mul_(scale)
         ctx.save_for_backward(flat, inverse, weight)
-        return out.view(x.shape)
+        return out.view(x.shape).data
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
