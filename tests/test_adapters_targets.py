@@ -6,13 +6,15 @@ import copy
 from pathlib import Path
 
 import pytest
+import torch
 from families import tiny_model
+from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from tsugiki.adapters.attach import attach, detach
 from tsugiki.adapters.storage import load_adapter, save_adapter
-from tsugiki.adapters.targets import resolve_targets
+from tsugiki.adapters.targets import left_out, resolve_targets
 from tsugiki.config import LoraConfig
 from tsugiki.errors import AdapterError
 from tsugiki.models.flat import use_flat_attention
@@ -139,3 +141,43 @@ def test_any_module_can_be_adapted() -> None:
     attached = attach(model, LoraConfig(r=1, targets=("2",)))
     assert [t.path for t in attached.targets] == ["2"]
     assert attached.trainable == 10
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "pad_token_id": 0}
+MIXTRAL = AutoConfig.for_model("mixtral", intermediate_size=32, num_attention_heads=4,
+                               num_key_value_heads=2, num_local_experts=4, **SMALL)  # fmt: skip
+MAMBA = AutoConfig.for_model("mamba", state_size=4, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("config", "adapted", "without"),
+    [
+        (MIXTRAL, {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_up_proj", "down_proj"}),
+        (MAMBA, {"in_proj", "x_proj"}, {"dt_proj", "out_proj"}),
+    ],
+    ids=["mixtral", "mamba"],
+)
+def test_all_linear_goes_without_what_cannot_be_adapted(
+    config: PretrainedConfig, adapted: set[str], without: set[str], tmp_path: Path
+) -> None:
+    """And PEFT computes what the adapter does here."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    plain, ids = copy.deepcopy(model), torch.arange(9)[None]
+    assert {path.rsplit(".", 1)[-1] for path in left_out(model)} == without
+    for name in without:
+        with pytest.raises(AdapterError, match=r"not supported|without calling|PEFT"):
+            resolve_targets(model, [name])
+    attached = attach(model, LoraConfig(r=2))
+    assert {t.path.rsplit(".", 1)[-1] for t in attached.targets} == adapted
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter, 0.0, 0.2)
+    save_adapter(model, tmp_path / "adapter")
+    expected = model(ids).logits
+    expected.sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters()
+               if p.requires_grad), "none is left out silently"  # fmt: skip
+    effect = float((plain(ids).logits - expected).detach().norm())
+    found = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))(ids).logits
+    assert float((found - expected).detach().norm()) <= 1e-4 * effect

@@ -1,7 +1,8 @@
 """Which projections an adapter sits on: from a user's words to module paths.
 
-A name that matches nothing is refused even beside right ones; a kind that cannot be adapted is
-named and refused, never skipped. Knows the families' names for query, key, value, … and no weights.
+A name that matches nothing is refused even beside right ones, and so is a named kind that cannot
+be adapted; `all-linear` goes without those, and `left_out` tells of them. Knows the families' names
+for query, key, value, … and no weights.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ ROLES: dict[str, str] = {
     "query_key_value": "qkv", "dense": "o",                            # GPT-NeoX, Falcon, Bloom
     "dense_h_to_4h": "mlp", "dense_4h_to_h": "mlp",
     "out_proj": "o", "fc1": "mlp", "fc2": "mlp",                       # OPT, Phi
+    "q_a_proj": "q", "q_b_proj": "q",                                  # DeepSeek
+    "kv_a_proj_with_mqa": "qkv", "kv_b_proj": "qkv",
+    "in_proj_qkv": "qkv", "in_proj_qkvz": "qkv",                       # Qwen3-Next, Qwen3.5
 }  # fmt: skip
 
 WORDS: dict[str, set[str] | None] = {
@@ -38,6 +42,9 @@ UNCALLED: dict[type[nn.Module], tuple[str, ...]] = {
     nn.MultiheadAttention: ("out_proj",),
     nn.TransformerEncoderLayer: ("linear1", "linear2"),
 }
+
+# PEFT loads no adapter on these models' out_proj.
+NO_OUT_PROJ = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 
 
 @dataclass(frozen=True)
@@ -57,10 +64,10 @@ class Target:
 
 def candidates(model: nn.Module) -> list[Target]:
     """Every projection that can be adapted, in module order; the output head is left out."""
-    head, not_called = head_path(model), uncalled(model)
+    head, without = head_path(model), uncalled(model) | left_out(model)
     found = []
     for path, module in model.named_modules():
-        if path == head or not path or path in not_called:
+        if path == head or not path or path in without:
             continue
         shape = projection(module)
         if shape is not None:
@@ -77,6 +84,21 @@ def uncalled(model: nn.Module) -> dict[str, str]:
         if isinstance(module, kind)
         for name in names
     }
+
+
+def left_out(model: nn.Module) -> dict[str, str]:
+    """What `all-linear` goes without → why."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    found = {}
+    for path, module in model.named_modules():
+        if type(module).__name__.endswith("MambaMixer") and hasattr(module, "dt_proj"):
+            found[f"{path}.dt_proj"] = "the mixer reads its weight without calling it"
+        if kind in NO_OUT_PROJ and path.endswith(".out_proj"):
+            found[path] = "PEFT could not load an adapter there"
+    for path, parameter in model.named_parameters():
+        if parameter.dim() == 3 and ".experts." in path:
+            found[path] = "experts stacked in one tensor are not supported"
+    return found
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[Target, ...]:
@@ -96,7 +118,8 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[Tar
     if isinstance(targets, str) and targets in WORDS:
         roles = WORDS[targets]
         if roles is None:
-            _refuse_stacked_experts(model, targets)
+            if targets == "maximal":
+                _refuse_stacked_experts(model, targets)
             _refuse_uncalled(model, targets, possible)
             return tuple(possible)
         chosen = [t for t in possible if _role(t.path) in roles]
@@ -140,6 +163,8 @@ def _why_not(model: nn.Module, name: str, possible: list[Target]) -> str:
                 return f"{name}: the output head is not adapted (it may be tied to the embedding)"
             if reader := uncalled(model).get(path):
                 return f"{name}: {reader} reads the weight of {path} without calling it"
+            if reason := left_out(model).get(path):
+                return f"{name}: {reason}"
             if projection(module) is None:
                 return f"{name}: a {type(module).__name__} is not a linear projection"
     if any(n == name or n.endswith(f".{name}") for n, _ in model.named_parameters()):
@@ -163,7 +188,7 @@ def _refuse_stacked_experts(model: nn.Module, word: str) -> None:
         if parameter.dim() == 3 and ".experts." in path:
             raise AdapterError(
                 f"--targets {word}: the stacked experts of this model ({path}) are not supported",
-                fix="--targets standard adapts the attention projections",
+                fix="--targets all-linear adapts all else, standard the attention projections",
             )
 
 
