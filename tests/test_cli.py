@@ -28,6 +28,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny("llama", folder / "model", tiny_tokenizer(CHATML))
     rows = [{"prompt": f"say {i}", "completion": f"{i} it is"} for i in range(30)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "moved").mkdir()
+    (folder / "moved" / "config.yaml").write_text("data: {path: gone.jsonl}\n")
     return folder
 
 
@@ -135,6 +137,7 @@ BAD = {
     ),
     "resume as": (["train", "--resume", "model", "--preset", "style"], "joined with --resume"),
     "resume by": (["train", "--resume", "model", "--config", "c.yaml"], "joined with --resume"),
+    "moved": (["train", "--resume", "moved"], "tsugiki train WHERE_IT_IS --resume moved"),
     "exists": (["train", "rows.jsonl", "--model", "model", "--output", "model"], "exists already"),
     "suffix": (["train", "model/config.yml", "--model", "model"], "no file"),
     "memory": (["train", "rows.jsonl", "--model", "model", "--max-memory", "50MB"], "--lora-r 8"),
