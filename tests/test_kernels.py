@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tsugiki.kernels import attention
 from tsugiki.kernels.attention import packed_attention, reference_attention
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.kernels.linear import DenseWeight, LoraTerm, grouped_linear, reference_linear
@@ -51,6 +52,41 @@ def test_attention_gradients() -> None:
     q, k, v = (torch.randn(1, h, 9, 4, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1))
     batch = ForwardBatch(lengths)
     assert torch.autograd.gradcheck(lambda *t: packed_attention(*t, batch, scale=0.5), (q, k, v))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("window", [None, 60])
+def test_blocks_of_queries_are_the_reference(
+    window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients to fp64's rounding; in bf16 no further from them than the reference."""
+    monkeypatch.setattr(attention, "tiles_attend", lambda *_: False)
+    lengths, total = (200, 50, 130), 380
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(1, h, total, 8, generator=generator) for h in (4, 2, 2)]
+    upstream = torch.randn(1, total, 4, 8, generator=generator)
+
+    def run(dtype: torch.dtype, reference: bool) -> list[torch.Tensor]:
+        leaves = [x.bfloat16().to(dtype).requires_grad_() for x in given]
+        q, k, v = leaves
+        options = {"scale": 0.4, "window": window, "softcap": softcap}
+        if reference:
+            out = reference_attention(q, k, v, lengths, **options)  # type: ignore[arg-type]
+        else:
+            out = packed_attention(q, k, v, ForwardBatch(lengths), **options)  # type: ignore[arg-type]
+        return [out, *torch.autograd.grad(out, leaves, upstream.bfloat16().to(dtype))]
+
+    def errors(found: list[torch.Tensor]) -> list[float]:
+        return [
+            float((x - e).detach().norm() / e.detach().norm())
+            for x, e in zip(found, exact, strict=True)
+        ]
+
+    exact = run(torch.float64, reference=True)
+    assert max(errors(run(torch.float64, reference=False))) < 1e-12
+    ours = errors(run(torch.bfloat16, reference=False))
+    plain = errors(run(torch.bfloat16, reference=True))
+    assert all(a <= 1.2 * b for a, b in zip(ours, plain, strict=True)), (ours, plain)
 
 
 def terms(dtype: torch.dtype, dropout: float = 0.0) -> list[LoraTerm | None]:

@@ -97,10 +97,11 @@ def causal_attention(
     if grouped and q.is_cuda:  # of torch's kernels only flash takes grouped heads
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         grouped = False
+    if sinks is None and length >= BLOCKS_FROM and q.device.type == "cpu":
+        seen = window if windowed else None
+        out = block_attention(q, k, v, scale=scale, window=seen, softcap=softcap)
+        return out.transpose(1, 2)
     if softcap is None and sinks is None:
-        if length >= BLOCKS_FROM and q.device.type == "cpu":
-            out = block_attention(q, k, v, scale=scale, window=window if windowed else None)
-            return out.transpose(1, 2)
         if not windowed:
             return F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=grouped

@@ -3,7 +3,7 @@
 Query heads that share a key head are folded into the rows of one product, and a block of queries
 meets only the keys up to its own end (or from its window's start), so that half of the products
 and exponentials are never computed. Probabilities are kept for the backward pass where sequences
-are short and computed again where they are long. Knows no documents, no caps and no sinks.
+are short and computed again where they are long or capped. Knows no documents and no sinks.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def block_attention(
     *,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
     keep: bool | None = None,
 ) -> Tensor:
     """Each token over itself and before.
@@ -35,6 +36,7 @@ def block_attention(
         k, v: (n, Hkv, L, d) and (n, Hkv, L, dv); Hkv divides H.
         scale: factor on q·k.
         window: a token sees itself and window - 1 tokens before it.
+        softcap: c·tanh(x / c) on the scores.
         keep: keep probabilities for the backward pass; by length when None.
 
     Returns:
@@ -42,7 +44,8 @@ def block_attention(
     """
     if keep is None:
         keep = q.shape[2] <= KEEP
-    out = _Blocks.apply(q, k, v, scale, window, keep and torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    keep = keep and softcap is None and torch.is_grad_enabled()
+    out = _Blocks.apply(q, k, v, scale, window, softcap, keep)  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
     return out
 
@@ -96,6 +99,7 @@ class _Blocks(torch.autograd.Function):
         v: Tensor,
         scale: float,
         window: int | None,
+        softcap: float | None,
         keep: bool,
     ) -> Tensor:
         n, _, length, _ = q.shape
@@ -106,13 +110,15 @@ class _Blocks(torch.autograd.Function):
         out = rows.new_empty(rows.shape[0], rows.shape[1], values.shape[2])
         kept = []
         for begin, end, first in _spans(length, window):
-            weights = _weights(rows, keys, begin, end, first, groups, window)
+            weights, _ = _weights(
+                rows, keys, (begin, end, first), groups, window, softcap, back=False
+            )
             block = slice(begin * groups, end * groups)
             out[:, block] = torch.bmm(weights, values[:, first:end])
             if keep:
                 kept.append(weights)
         ctx.save_for_backward(rows, keys, values, *kept)
-        ctx.scale, ctx.window = scale, window
+        ctx.scale, ctx.window, ctx.softcap = scale, window, softcap
         ctx.shape = (n, heads, length, groups)
         return _unfold(out, n, heads, length)
 
@@ -128,15 +134,19 @@ class _Blocks(torch.autograd.Function):
         for index, (begin, end, first) in enumerate(_spans(length, ctx.window)):
             block = slice(begin * groups, end * groups)
             if kept:
-                weights = kept[index]
+                weights, slope = kept[index], None
             else:
-                weights = _weights(rows, keys, begin, end, first, groups, ctx.window)
+                weights, slope = _weights(
+                    rows, keys, (begin, end, first), groups, ctx.window, ctx.softcap, back=True
+                )
             upstream = grad_out[:, block].contiguous()
             grad_values[:, first:end] += torch.bmm(weights.transpose(1, 2), upstream)
             scores = torch.bmm(upstream, values[:, first:end].transpose(1, 2))
             torch.ops.aten._softmax_backward_data.out(
                 scores, weights, -1, scores.dtype, grad_input=scores
             )
+            if slope is not None:
+                scores *= slope
             grad_rows[:, block] = torch.bmm(scores, keys[:, first:end])
             grad_keys[:, first:end] += torch.bmm(
                 scores.transpose(1, 2), rows[:, block].contiguous()
@@ -149,18 +159,32 @@ class _Blocks(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
 def _weights(
-    rows: Tensor, keys: Tensor, begin: int, end: int, first: int, groups: int, window: int | None
-) -> Tensor:
-    """Probabilities (n·Hkv, queries·G, keys) of one block."""
+    rows: Tensor,
+    keys: Tensor,
+    span: tuple[int, int, int],
+    groups: int,
+    window: int | None,
+    softcap: float | None,
+    *,
+    back: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Probabilities (n·Hkv, queries·G, keys) of one block; on the way back the slope of a cap."""
+    begin, end, first = span
     scores = torch.bmm(rows[:, begin * groups : end * groups], keys[:, first:end].transpose(1, 2))
+    slope = None
+    if softcap is not None:
+        scores.div_(softcap).tanh_()
+        slope = scores.square().neg_().add_(1.0) if back else None
+        scores *= softcap
     by_query = scores.view(scores.shape[0], end - begin, groups, end - first)
     if window is None:
         by_query[..., begin - first :] += _hidden(begin, end, begin, None, scores)[None, :, None]
     else:
         by_query += _hidden(begin, end, first, window, scores)[None, :, None]
     torch.ops.aten._softmax.out(scores, -1, False, out=scores)
-    return scores
+    return scores, slope
