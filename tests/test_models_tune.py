@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import FAMILIES, tiny_model
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from tsugiki.adapters.attach import attach, detach, lora_modules
 from tsugiki.adapters.lora import LoraLinear
@@ -162,6 +163,54 @@ def test_a_replacement_a_little_further_off_is_refused_by_every_draw(
     tuned = tune(adapted("llama", torch.bfloat16))
     assert "feed-forward" not in tuned.replaced
     assert tuned.replaced["attention"] == 3, "the rest is replaced"
+
+
+SMALL = {"vocab_size": 301, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+         "max_position_embeddings": 512}  # fmt: skip
+SCALED = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 32.0,
+          "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+          "original_max_position_embeddings": 128, "llama_4_scaling_beta": 0.5}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "attention"),
+    [
+        (AutoConfig.for_model("smollm3", num_hidden_layers=9, **SMALL), 7),  # 2 know no positions
+        (AutoConfig.for_model("ministral3", num_hidden_layers=2, head_dim=16, sliding_window=None,
+                              rope_parameters=SCALED, **SMALL), 0),  # queries scaled from 128 on
+        (AutoConfig.for_model("olmo", num_hidden_layers=2, clip_qkv=8.0, **SMALL), 0),
+    ],
+    ids=["smollm3", "ministral3", "olmo"],
+)  # fmt: skip
+def test_what_layers_or_positions_do_apart_is_not_replaced(
+    config: PretrainedConfig, attention: int
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, 0.0, 2 / parameter.shape[-1] ** 0.5)
+    attach(model, LoraConfig(), generator=torch.Generator().manual_seed(0))
+    use_flat_attention(model)
+    ids, batch = torch.randint(0, 301, (1, 300)), ForwardBatch((300,))
+    with torch.no_grad():
+        before = flat_forward(model, ids, batch)
+        tuned = tune(model)
+        after = flat_forward(model, ids, batch)
+    assert tuned.replaced.get("attention", 0) == attention
+    assert float((after - before).abs().max()) < 1e-3 * float(before.std())
+
+
+def test_together_they_must_be_the_model_that_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tsugiki.models.tune.prove", lambda *_: "")
+    model = adapted("llama")
+    for layer in model.model.layers:
+        layer.mlp = Doubled(layer.mlp)
+    tuned = tune(model)
+    assert "attention" not in tuned.replaced
+    assert [text for text in tuned.kept if "all modules: together they are off by" in text]
+    assert not any(isinstance(module, Replacement) for module in model.modules())
 
 
 def test_the_head_takes_caps_from_the_config() -> None:
