@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from families import save_tiny
 from tokenizers_for_tests import CHATML, tiny_tokenizer
 
 from tsugiki import device
+from tsugiki.device import Decisions
 from tsugiki.doctor import FEW_FAULTS, PACKAGES, Machine, advise, look
+from tsugiki.errors import RunError, UsageError
 
 GOOD = Machine(
     system="Linux x86_64", cpu="a CPU", cores=8, present=8, load=0.2, free=30 << 30,
@@ -88,6 +91,47 @@ def test_threads_stay_inside_a_containers_limit(monkeypatch: pytest.MonkeyPatch)
     for quota, cores in ((None, 8), (2.5, 2), (0.5, 1), (64.0, 8)):
         monkeypatch.setattr(device, "core_quota", lambda quota=quota: quota)
         assert device.usable_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("value", "threads"),
+    [("3", 3), ("3,2", 3), (" 1 ", 1), ("", 5), ("0", 5), ("-1", 5), ("many", 5)],
+)
+def test_any_omp_num_threads_is_read(
+    value: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    monkeypatch.setattr(device, "usable_cores", lambda: 5)
+    before = torch.get_num_threads()
+    try:
+        found = device.decide("cpu", "float32", hidden_size=8)
+    finally:
+        torch.set_num_threads(before)
+    assert found.threads == threads
+    assert found.reasons["threads"] == ("5 usable cores" if threads == 5 else "OMP_NUM_THREADS")
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "said"),
+    [
+        ({"device": "cuda:99"}, UsageError, "not on this machine"),
+        ({"dtype": "bf16"}, RunError, "bfloat16"),
+        ({"threads": 0}, RunError, "from 1 on"),
+    ],
+)
+def test_decisions_of_another_machine_are_refused(
+    changed: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    made = Decisions("cpu", "float32", 1)
+    with pytest.raises(error, match=said):
+        Decisions.from_json(made.to_json() | changed).apply()
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TSUGIKI_CACHE", "/proc/nowhere")
+    plain = "c++ could not build them: [Errno 2] No such file or directory: '/proc/nowhere'"
+    (found,) = advise(replace(GOOD, plain=plain), "cpu", "bfloat16")
+    assert "set TSUGIKI_CACHE" in found.fix
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is Linux's")

@@ -11,6 +11,9 @@ from tsugiki.kernels import attention
 from tsugiki.kernels.attention import packed_attention, reference_attention
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.kernels.linear import DenseWeight, LoraTerm, grouped_linear, reference_linear
+from tsugiki.kernels.loss import Head, chunked_cross_entropy
+from tsugiki.kernels.mlp import Feed, feed_forward
+from tsugiki.kernels.norms import rms_norm, rotary
 
 
 @given(
@@ -161,3 +164,29 @@ def test_dropout_scales_and_is_seeded() -> None:
     assert torch.equal(first, second)
     assert set(first.unique().tolist()) == {0.0, 2.0, 4.0, 6.0}
     assert float(first.mean()) == pytest.approx(3.0, abs=0.15)
+
+
+def test_a_second_derivative_is_refused_not_wrong() -> None:
+    x = torch.randn(60, 6, dtype=torch.float64, requires_grad=True)
+    square = DenseWeight(torch.randn(6, 6, dtype=torch.float64))
+    term = LoraTerm(
+        *(torch.randn(6, 6, dtype=torch.float64, requires_grad=True) for _ in "AB"), 1.0
+    )
+    heads = x.view(1, 1, 60, 6)
+    places = torch.arange(60) % 6
+    turn = torch.randn(1, 60, 6, dtype=torch.float64)
+    outputs = {
+        "projection": grouped_linear(x, [square], [[term]])[0],
+        "feed-forward": feed_forward(
+            x, Feed(((square, term), (square, None)), (square, None), "silu")
+        ),
+        "norm": rms_norm(x, torch.ones(6, dtype=torch.float64), 1e-6),
+        "rotary": rotary(x[None], turn, turn, 1),
+        "attention": packed_attention(heads, heads, heads, ForwardBatch((60,)), scale=1.0),
+        "loss": chunked_cross_entropy(x, Head(square), places),
+    }
+    for name, out in outputs.items():
+        (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        print(name)
+        with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+            grad.square().sum().backward()

@@ -217,6 +217,7 @@ def test_lost_kernels_are_said() -> None:
         ({"TSUGIKI_COMPILED": "0"}, "TSUGIKI_COMPILED=0 asks for plain torch kernels"),
         ({"CXX": "no-such-compiler"}, "no-such-compiler could not build them"),
         ({"CXX": "false"}, "false could not build them"),
+        ({"CXX": "sh -c 'echo >&2; exit 1'"}, "sh -c 'echo >&2; exit 1' could not build them"),
         ({"CXX": "c++ '"}, "c++ ' could not build them: No closing quotation"),
         (
             {"CXX": "false", "TSUGIKI_CXXFLAGS": "-x"},

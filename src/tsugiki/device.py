@@ -24,6 +24,7 @@ from tsugiki.errors import RunError, UsageError
 NARROW = 256
 # bf16 must win by this much in the probe before rounding is taken on.
 WORTHWHILE = 1.3
+DTYPES = ("float32", "bfloat16", "float16")
 ROUNDS = 20  # of a probe: on a busy machine a few are all cut into
 TENSOR_CORES = (7, 0)  # compute capability; before, fp16 is no faster than fp32, often slower
 
@@ -56,15 +57,27 @@ class Decisions:
         """Read back what `to_json` wrote.
 
         Raises:
-            RunError: a key is missing or unknown.
+            RunError: a key is missing or unknown, or not what this version decides.
         """
         try:
-            return cls(**raw)
+            found = cls(**raw)
         except TypeError as error:
             raise RunError(f"decisions.json does not fit this version: {error}") from None
+        if found.dtype not in DTYPES or type(found.threads) is not int or found.threads < 1:
+            raise RunError(
+                "decisions.json does not fit this version",
+                got=f"dtype {found.dtype}, threads {found.threads}",
+                allowed=f"{', '.join(DTYPES)}; threads from 1 on",
+            )
+        return found
 
     def apply(self) -> None:
-        """Set threads and allocator; called once per process, before the model is loaded."""
+        """Set threads and allocator; called once per process, before the model is loaded.
+
+        Raises:
+            UsageError: a run is resumed where its device is not.
+        """
+        _device(self.device)
         torch.set_num_threads(self.threads)
         if self.device == "cpu":
             keep_pages()
@@ -91,13 +104,16 @@ def decide(
         UsageError: a device that is not there.
     """
     chosen, why_device = _device(device)
-    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or usable_cores()
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    given = int(asked) if asked.isdecimal() else 0
+    threads = given or usable_cores()
     torch.set_num_threads(threads)
     if dtype != "auto":
         kind, why_dtype = dtype, "asked for with --dtype"
     else:
         kind, why_dtype = _dtype(chosen, hidden_size, stored_dtype)
-    reasons = {"device": why_device, "dtype": why_dtype, "threads": f"{threads} usable cores"}
+    why_threads = "OMP_NUM_THREADS" if given else f"{threads} usable cores"
+    reasons = {"device": why_device, "dtype": why_dtype, "threads": why_threads}
     if compute == "int8":
         compute, reasons["compute"] = choose_compute(chosen, kind, hidden_size)
     return Decisions(chosen, kind, threads, reasons, compute)

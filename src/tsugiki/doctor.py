@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tsugiki.files import human_bytes
+from tsugiki.files import cache_folder, human_bytes
 from tsugiki.terminal import Terminal
 
 WIDTH = 1024  # hidden size that is decided for when no base is named
@@ -224,10 +224,7 @@ def advise(machine: Machine, device: str, dtype: str) -> Iterator[Advice]:
         yield Advice(
             f"CPU kernels are plain torch ({machine.plain})",
             "elementwise work passes over memory several times; a step takes about a tenth longer",
-            next(
-                (f"unset {name}" for name in SWITCHES if name in machine.plain),
-                "install a C++ compiler, for instance: sudo apt install g++",
-            ),
+            _way_to_kernels(machine.plain),
         )
     if device == "cpu" and dtype == "float32" and not _has_fast_bf16(machine):
         yield Advice(
@@ -235,6 +232,15 @@ def advise(machine: Machine, device: str, dtype: str) -> Iterator[Advice]:
             "a run takes fp32: about twice the memory of bf16, and its speed",
             "--quantize nf4 keeps frozen weights small; CPUs with AMX or AVX512-BF16 are faster",
         )
+
+
+def _way_to_kernels(why_plain: str) -> str:
+    named = [name for name in SWITCHES if name in why_plain]
+    if named:
+        return f"unset {named[0]}"
+    if str(cache_folder("kernels").parent) in why_plain:
+        return f"make {cache_folder('kernels')} writable, or set TSUGIKI_CACHE to a folder that is"
+    return "install a C++ compiler, for instance: sudo apt install g++"
 
 
 def machine_rows(machine: Machine) -> Iterator[tuple[str, str, str]]:

@@ -312,7 +312,10 @@ def predict_disk(spec: ModelSpec, config: RunConfig, trainable: int) -> int:
 def ways_out(
     spec: ModelSpec, config: RunConfig, facts: Facts, decisions: Decisions, trainable: int
 ) -> list[str]:
-    """What to do about too little memory as flags, what saves most first, each with its need."""
+    """What to do about too little memory as flags, what saves most first, each with its need.
+
+    What would save nothing is left out.
+    """
     train, lora = config.train, config.lora
     ways: list[tuple[str, RunConfig, Facts, int]] = []
 
@@ -344,12 +347,15 @@ def ways_out(
         labelled = min(facts.labelled_tokens, tokens)
         shorter = replace(facts, longest=half, tokens=tokens, labelled_tokens=labelled)
         way(f"--max-length {half}", "data", {"max_length": half}, facts=shorter)
-    needs = []
-    for flags, changed, seen, count in ways:
+
+    def need(changed: RunConfig, seen: Facts, count: int) -> int:
         micro = changed.train.batch_size or 1
-        parts = predict_memory(spec, changed, seen, decisions, micro, count)
-        needs.append((sum(parts.values()), flags))
-    return [f"{flags} ({human_bytes(size)})" for size, flags in sorted(needs)] + ["a smaller base"]
+        return sum(predict_memory(spec, changed, seen, decisions, micro, count).values())
+
+    now = need(config, facts, trainable)
+    needs = sorted((need(changed, seen, count), flags) for flags, changed, seen, count in ways)
+    less = [f"{flags} ({human_bytes(size)})" for size, flags in needs if size < now]
+    return [*less, "a smaller base"]
 
 
 def out_of_memory(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Queries of one block: fewer waste less above the diagonal, more make faster products.
 BLOCK = 128
@@ -123,6 +124,7 @@ class _Blocks(torch.autograd.Function):
         return _unfold(out, n, heads, length)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, keys, values, *kept = ctx.saved_tensors
         n, heads, length, groups = ctx.shape

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.kernels.dropout import draw_seed
@@ -338,6 +339,7 @@ class _Grouped(torch.autograd.Function):
         return tuple(y.view(*x.shape[:-1], y.shape[-1]).data for y in out)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         flat_grads = [g.reshape(-1, g.shape[-1]) for g in grads]
         group = None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tsugiki.kernels.backend import bodies, compiled_bodies
 from tsugiki.kernels.cpu.tiles import FEW, SIDE
@@ -101,6 +102,7 @@ class _Chunked(torch.autograd.Function):
         return total * factor
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         # in fp32: a factor rounded to bf16 would bend every gradient alike

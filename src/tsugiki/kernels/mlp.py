@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tsugiki.kernels.backend import bodies
 from tsugiki.kernels.linear import (
@@ -154,6 +155,7 @@ class _Feed(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1).data  # no view: it may be changed in place
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         feed: Feed = ctx.feed
         flat, *rest = ctx.saved_tensors

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tsugiki.kernels.backend import bodies
 
@@ -74,6 +75,7 @@ class _RmsNorm(torch.autograd.Function):
         return out.view(x.shape).data
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         flat, inverse, weight = ctx.saved_tensors
         grad = grads[0].reshape(flat.shape)
@@ -154,6 +156,7 @@ class _Rotary(torch.autograd.Function):
         return by_token.transpose(0, 1)[None]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         grad = grads[0][0].transpose(0, 1)  # (T, heads, d)

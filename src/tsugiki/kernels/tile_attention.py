@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tsugiki.kernels.backend import compiled_bodies
 from tsugiki.kernels.cpu import tiles
@@ -72,6 +73,7 @@ class _Tiles(torch.autograd.Function):
         return out[None]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, norms = ctx.saved_tensors
         grad = grads[0][0].contiguous()

@@ -48,10 +48,10 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     try:
         return ctypes.CDLL(str(_built(shlex.split(found)))), f"compiled for this CPU by {found}"
     except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: a stray quote
-        said = getattr(error, "stderr", None) or str(error)
+        said = (getattr(error, "stderr", None) or "").strip() or str(error)
         more = os.environ.get(MORE_FLAGS)
         tool = f"{found} with {MORE_FLAGS}={more}" if more else found
-        return None, f"{tool} could not build them: {said.strip().splitlines()[-1][:200]}"
+        return None, f"{tool} could not build them: {said.splitlines()[-1][:200]}"
 
 
 def _built(compiler: list[str]) -> Path:
