@@ -32,7 +32,7 @@ from tsugiki.models.fingerprint import Fingerprint, fingerprint_folder, weight_f
 from tsugiki.models.flat import flat_forward, solo_forward, use_flat_attention, use_own_attention
 from tsugiki.models.hub import ResolvedModel, resolve_model
 from tsugiki.models.int8 import Int8Products
-from tsugiki.models.isolation import probe_isolation
+from tsugiki.models.isolation import probe_isolation, refuse_encoder
 from tsugiki.models.quantized import quantize_modules
 from tsugiki.models.quantized_load import load_quantized
 from tsugiki.models.quantized_store import Origin, is_quantized_folder, load_stored, read_origin
@@ -170,6 +170,8 @@ def load_base(
     refuse_quantized(config, folder)
     origin = origin_of(folder, quantize)
     tokenizer = load_tokenizer(resolved, trust_remote_code=trust_remote_code)
+    isolation = probe_isolation(config)
+    refuse_encoder(isolation, config, folder)
     if random_init:
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
@@ -189,7 +191,6 @@ def load_base(
     _load_generation_config(model, folder)
     model.eval()
     model.requires_grad_(False)
-    isolation = probe_isolation(config)
     notes = []
     if isolation.holds:
         use_flat_attention(model)
