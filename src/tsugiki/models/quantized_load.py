@@ -18,6 +18,7 @@ from tsugiki.models.hollow import fill, hollow_model
 from tsugiki.models.quantized import put, quantizable, quantized
 from tsugiki.models.shards import StoredModel, open_model
 from tsugiki.models.spec import NameMap
+from tsugiki.models.unused import notes_on_unused, unused_tensors
 
 
 def load_quantized(
@@ -28,8 +29,8 @@ def load_quantized(
     dtype: torch.dtype,
     device: str,
     trust_remote_code: bool = False,
-) -> nn.Module:
-    """The model of a folder with its projections in few bits.
+) -> tuple[nn.Module, list[str]]:
+    """The model of a folder with its projections in few bits, and what to tell of its files.
 
     Args:
         method: nf4 or int8.
@@ -69,7 +70,7 @@ def load_quantized(
                 fill(model, path, read.to(device, dtype, copy=True))
             del read
             stored.release(name)
-    return model.to(device)
+    return model.to(device), notes_on_unused(unused_tensors(model, stored.tensors, names))
 
 
 def where_stored(model: nn.Module, names: NameMap, stored: StoredModel) -> dict[str, str]:
