@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from families import save_tiny, tiny_model
 from tokenizers_for_tests import CHATML, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tsugiki.config import build_config
-from tsugiki.errors import ModelError
+from tsugiki.errors import MemoryLimitError, ModelError
 from tsugiki.pipelines import Session, prepare_session
+from tsugiki.showing import show_plan
 from tsugiki.terminal import Terminal
 
 
@@ -63,3 +65,25 @@ def test_a_stop_token_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="token '<stop>' has no row") as e:
         session(folder, [{"prompt": "!", "completion": "!"}] * 3)
     assert "the stop tokens" in str(e.value.got)
+
+
+def test_full_fine_tuning_asks_for_no_targets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stacked experts cannot be adapted; every weight of them can be trained."""
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=64, intermediate_size=64, num_hidden_layers=2, vocab_size=320,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, pad_token_id=0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer(CHATML).save_pretrained(tmp_path)
+    rows = [{"prompt": f"{n}", "completion": "!"} for n in range(4)]
+    show_plan(session(tmp_path, rows, method="full"), Terminal(as_json=True))
+    plan = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "full" in plan["memory_by_method"]
+    assert plan["trainable"] == sum(
+        p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()
+    )
+    with pytest.raises(MemoryLimitError) as caught:
+        session(tmp_path, rows, method="full", max_memory="1MB")
+    assert "--method lora" in str(caught.value.fix)
