@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from tsugiki.errors import ModelError
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.models.flat import flat_forward, solo_forward, use_flat_attention, use_own_attention
+from tsugiki.models.spec import DECODER
 
 LIMITS = (
     "sliding_window",
@@ -79,7 +80,7 @@ def refuse_encoder(isolation: Isolation, config: PretrainedConfig, folder: Path)
         raise ModelError(
             "this model looks ahead: it is an encoder, not a causal language model",
             got=f"{folder} ({config.model_type}): its last token changes what it says before it",
-            fix="--model with a causal language model (a decoder, such as Llama, Qwen or GPT-2)",
+            fix=DECODER,
         )
 
 

@@ -19,6 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from tsugiki.errors import ModelError
 from tsugiki.models.projections import projection
 
+# What configs call the longest sequence; the first that one has counts.
+CONTEXT = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx",
+    "seq_length", "context_length",
+)  # fmt: skip
+DECODER = "--model with a causal language model (a decoder, such as Llama, Qwen or GPT-2)"
+
 
 @dataclass(frozen=True)
 class LinearModule:
@@ -59,7 +66,11 @@ class ModelSpec:
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> ModelSpec:
-        """Shapes from a transformers config."""
+        """Shapes from a transformers config.
+
+        Raises:
+            ModelError: an encoder-decoder, or no causal language model.
+        """
         text = config.get_text_config()
         model = _build_on_meta(config)
         heads = int(_first(text, "num_attention_heads", "n_head") or 1)
@@ -74,7 +85,7 @@ class ModelSpec:
             head_dim=int(_first(text, "head_dim") or hidden // heads),
             intermediate_size=int(_first(text, "intermediate_size", "n_inner") or 4 * hidden),
             vocab_size=int(text.vocab_size),
-            context=int(_first(text, "max_position_embeddings", "n_positions") or 2048),
+            context=int(_first(text, *CONTEXT) or 2048),
             parameters=sum(p.numel() for p in unique_parameters(model)),
             tied=bool(getattr(text, "tie_word_embeddings", False)),
             config=config,
@@ -150,13 +161,22 @@ def stored_dtype(config: PretrainedConfig) -> str | None:
 
 
 def _build_on_meta(config: PretrainedConfig) -> nn.Module:
+    if config.is_encoder_decoder:
+        raise ModelError(
+            "this model is an encoder-decoder, not a causal language model",
+            got=f"is_encoder_decoder in the config ({config.model_type})",
+            fix=DECODER,
+        )
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers raises many types for an odd config
         raise ModelError(
             f"no causal language model can be built from this config ({config.model_type})",
-            got=_first_line(error),
+            got=_first_line(error).partition("Model type should be")[0].strip(),
+            fix="it reads more than text: --model with the text model of this family"
+            if config.get_text_config() is not config
+            else f"{DECODER}; or update transformers if this one is newer than it",
         ) from None
     assert isinstance(model, nn.Module)
     return model
