@@ -34,7 +34,7 @@ from tsugiki.models.hub import ResolvedModel, resolve_model
 from tsugiki.models.int8 import Int8Products
 from tsugiki.models.isolation import probe_isolation, refuse_encoder
 from tsugiki.models.quantized import quantize_modules
-from tsugiki.models.quantized_load import load_quantized
+from tsugiki.models.quantized_load import load_quantized, notes_on_base
 from tsugiki.models.quantized_store import Origin, is_quantized_folder, load_stored, read_origin
 from tsugiki.models.spec import ModelSpec, NameMap, load_config
 from tsugiki.models.tune import Tuned, tune
@@ -182,6 +182,8 @@ def load_base(
             quantize_modules(model, quantize)
     elif origin is not None:
         model = load_stored(folder, config, dtype=dtype, device=device)
+        names = NameMap(spec.meta_model(), origin.stored)
+        notes = notes_on_base(spec.meta_model(), origin.method, names, origin.stored)
     elif quantize != "none":
         model, notes = load_quantized(
             folder, config, quantize,

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from tsugiki.errors import ModelError
+from tsugiki.models.conversion import Conversion, read_conversion
 from tsugiki.models.projections import projection
 
 # What configs call the longest sequence; the first that one has counts.
@@ -186,11 +187,13 @@ class NameMap:
     """Disk name ↔ module path ↔ tied partner, for one base.
 
     Built from the module tree and, where the base's files are known, the names stored in them.
-    GPT-2's missing `transformer.` and similar base-model prefixes are understood.
+    GPT-2's missing `transformer.` and similar base-model prefixes are understood, and of the names
+    in its files those that transformers changes (`models/conversion.py`).
 
     Args:
         model: the base without adapters, on any device.
-        stored: every name in its files; none: the names are those that transformers would write.
+        stored: every name in its files; none: the names are those of the modules. A fingerprint
+            asks so: it stays as it is when transformers learns another name.
     """
 
     def __init__(self, model: nn.Module, stored: Iterable[str] = ()) -> None:
@@ -204,8 +207,10 @@ class NameMap:
             else:
                 first[id(parameter)] = name
         self.disk: dict[str, str] = {}
-        for name in sorted(stored):
-            path = self.to_module(name)
+        stored = sorted(stored)
+        self.conversion = read_conversion(model, stored) if stored else Conversion()
+        for name in stored:
+            path = None if name in self.conversion.parts else self.to_module(name)
             if path is not None:
                 self.disk.setdefault(path, name)
 
@@ -222,7 +227,8 @@ class NameMap:
         ):
             if candidate in self.parameters:
                 return candidate
-        return None
+        renamed = self.conversion.renamed.get(disk)
+        return renamed if renamed in self.parameters else None
 
     def to_disk(self, path: str) -> str:
         """The name under which a parameter is stored: its own, else that of a tied partner.

@@ -23,14 +23,16 @@ NAMED = 4
 
 
 def unused_tensors(model: nn.Module, stored: Iterable[str], names: NameMap) -> list[str]:
-    """Stored names that are no parameter, no second copy of one, no buffer of the model and nothing
-    that its architecture says to leave."""
+    """Stored names that mean no parameter or buffer, no part or second copy of one, and nothing
+    that the architecture says to leave."""
     buffers = {name for name, _ in model.named_buffers()}
+    used = {*names.conversion.parts, *names.conversion.renamed}
     left = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     return [
         name
         for name in stored
         if names.to_module(name) is None
+        and name not in used
         and not {name, f"{names.prefix}.{name}"} & buffers
         and not any(pattern.search(name) for pattern in left)
     ]
