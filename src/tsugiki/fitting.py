@@ -1,19 +1,27 @@
-"""What the rows of a run need: their counts, and the longest row that memory allows.
+"""What the rows of a run need: their counts, the longest row that memory allows, rows of the
+embedding for their tokens.
 
-Knows shapes and counts; reads no rows and touches no weights.
+Knows shapes and counts; reads no files and touches no weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from tsugiki.adapters.targets import resolve_targets
 from tsugiki.config import RunConfig
+from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import Prepared
+from tsugiki.data.row import RowProblem
 from tsugiki.device import Decisions
+from tsugiki.errors import ModelError
 from tsugiki.files import human_bytes
 from tsugiki.models.spec import ModelSpec
 from tsugiki.planning import SHARE, Facts, memory_limit, predict_memory
+from tsugiki.training.samples import Prompt, choose_prompts
 
 SHORTEST = 64  # tokens; below it a base that fits better is the way out, not shorter rows
 
@@ -78,6 +86,41 @@ def facts_of(prepared: Prepared) -> Facts:
         longest=max(len(e.ids) for e in (*examples, *prepared.held_out)),
         held_out=len(prepared.held_out),
     )
+
+
+def check_ids(
+    prepared: Prepared, chat: ChatFormat, spec: ModelSpec, prompts: Sequence[str] = ()
+) -> None:
+    """Refuse tokens that the base has no numbers for, before the first step meets one.
+
+    Args:
+        prompts: of the samples that a run shows.
+
+    Raises:
+        ModelError: a token of a row, a sample's prompt or a stop beyond the embedding.
+    """
+    table = spec.meta_model().get_input_embeddings()  # type: ignore[operator]
+    rows = int(table.weight.shape[0])
+    asked: list[Prompt] = []
+    with suppress(RowProblem):
+        asked = choose_prompts(prompts, prepared, chat) if prompts else []
+    places: Iterator[tuple[str, tuple[int, ...]]] = chain(
+        (("the stop tokens", chat.stop_ids),),
+        ((e.source, e.ids) for e in (*prepared.train, *prepared.held_out)),
+        ((f"--sample-prompt {prompt.shown!r}", prompt.ids) for prompt in asked),
+    )
+    for source, ids in places:
+        if max(ids, default=0) < rows:
+            continue
+        wrong = next(i for i in ids if i >= rows)
+        token = chat.tokenizer.convert_ids_to_tokens(wrong)
+        raise ModelError(
+            f"the tokenizer's token {token!r} has no row in this model's embedding ({rows:,} rows)",
+            got=f"id {wrong:,} in {source}; the tokenizer knows {len(chat.tokenizer):,} tokens",
+            fix="put the tokenizer that belongs to this model into its folder, or resize the "
+            f"embedding with transformers (model.resize_token_embeddings({len(chat.tokenizer)})) "
+            "and save the model",
+        )
 
 
 def count_trainable(config: RunConfig, spec: ModelSpec) -> int:

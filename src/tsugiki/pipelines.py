@@ -24,7 +24,7 @@ from tsugiki.data.named import find_data
 from tsugiki.device import Decisions, decide
 from tsugiki.errors import DataError, UsageError, ran_out
 from tsugiki.files import read_json, require_space
-from tsugiki.fitting import count_trainable, facts_of, fit_to_memory
+from tsugiki.fitting import check_ids, count_trainable, facts_of, fit_to_memory
 from tsugiki.kernels.backend import replay
 from tsugiki.models.load import (
     Base,
@@ -168,6 +168,7 @@ def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) 
         shorter = config.data.model_copy(update={"max_length": length.tokens})
         config = config.model_copy(update={"data": shorter})
         rows, prepared = prepare_rows(config, chat, spec.context)
+    check_ids(prepared, chat, spec, config.train.sample_prompt)
     show_rows(rows, prepared, tokenizer, terminal)
     trainable = count_trainable(config, spec)
     stored = config.model_copy(update=lasting(config, resolved))

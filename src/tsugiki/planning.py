@@ -7,6 +7,7 @@ run folder's `config.yaml` holds no open value. Knows nothing of how training is
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -282,7 +283,10 @@ def projection_bytes(spec: ModelSpec, quantize: str, decisions: Decisions) -> tu
 def compare_memory(
     spec: ModelSpec, config: RunConfig, facts: Facts, decisions: Decisions
 ) -> dict[str, int]:
-    """Bytes at the peak of this run as full fine-tuning, LoRA, and LoRA on a base in four bits."""
+    """Bytes at the peak of this run as full fine-tuning, LoRA, and LoRA on a base in four bits.
+
+    The latter two are left out where --targets cannot be adapted: full fine-tuning needs none.
+    """
     needs = {}
     for name, method, quantize in (
         ("full", "full", "none"), ("LoRA", "lora", "none"), ("QLoRA", "lora", "nf4"),
@@ -295,8 +299,9 @@ def compare_memory(
         )
         count = spec.parameters
         if method == "lora":
-            found = resolve_targets(spec.meta_model(), config.lora.targets)
-            count = sum(target.count(config.lora.r) for target in found)
+            count = count_lora(spec, config.lora.r, config.lora.targets)
+            if not count:
+                continue
         micro = config.train.batch_size or 1
         parts = predict_memory(spec, changed, facts, decisions, micro, count)
         needs[name] = sum(parts.values())
@@ -325,8 +330,10 @@ def ways_out(
         ways.append((flags, changed, more.get("facts", facts), more.get("count", trainable)))
 
     if train.method == "full":
-        lean = count_lora(spec, lora.r, "all-linear")
-        way("--method lora", "train", {"method": "lora"}, count=lean)
+        for flags, targets in (("", "all-linear"), (" --targets standard", "standard")):
+            if lean := count_lora(spec, lora.r, targets):
+                way(f"--method lora{flags}", "train", {"method": "lora"}, count=lean)
+                break
     else:
         if config.model.quantize == "none":
             way("--quantize nf4", "model", {"quantize": "nf4"})
@@ -370,8 +377,8 @@ def out_of_memory(
     )
 
 
-def count_lora(spec: ModelSpec, r: int, targets: str) -> int:
-    """Parameters of an adapter from shapes alone; 0 where the targets are not this model's."""
+def count_lora(spec: ModelSpec, r: int, targets: str | Sequence[str]) -> int:
+    """Parameters of an adapter from shapes alone; 0 where the targets cannot be adapted."""
     try:
         found = resolve_targets(spec.meta_model(), targets)
     except AdapterError:

@@ -32,12 +32,13 @@ from tsugiki.models.fingerprint import Fingerprint, fingerprint_folder, weight_f
 from tsugiki.models.flat import flat_forward, solo_forward, use_flat_attention, use_own_attention
 from tsugiki.models.hub import ResolvedModel, resolve_model
 from tsugiki.models.int8 import Int8Products
-from tsugiki.models.isolation import probe_isolation
+from tsugiki.models.isolation import probe_isolation, refuse_encoder
 from tsugiki.models.quantized import quantize_modules
-from tsugiki.models.quantized_load import load_quantized
+from tsugiki.models.quantized_load import load_quantized, notes_on_base
 from tsugiki.models.quantized_store import Origin, is_quantized_folder, load_stored, read_origin
 from tsugiki.models.spec import ModelSpec, NameMap, load_config
 from tsugiki.models.tune import Tuned, tune
+from tsugiki.models.unused import notes_on_unused
 
 HEADER_LIMIT = 100 << 20  # bytes of a safetensors header, the format's own cap
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -170,6 +171,9 @@ def load_base(
     refuse_quantized(config, folder)
     origin = origin_of(folder, quantize)
     tokenizer = load_tokenizer(resolved, trust_remote_code=trust_remote_code)
+    isolation = probe_isolation(config)
+    refuse_encoder(isolation, config, folder)
+    notes: list[str] = []
     if random_init:
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
@@ -178,19 +182,19 @@ def load_base(
             quantize_modules(model, quantize)
     elif origin is not None:
         model = load_stored(folder, config, dtype=dtype, device=device)
+        names = NameMap(spec.meta_model(), origin.stored)
+        notes = notes_on_base(spec.meta_model(), origin.method, names, origin.stored)
     elif quantize != "none":
-        model = load_quantized(
+        model, notes = load_quantized(
             folder, config, quantize,
             dtype=dtype, device=device, trust_remote_code=trust_remote_code,
         )  # fmt: skip
     else:
         check_weights(folder)
-        model = _load(folder, dtype, device, trust_remote_code)
+        model, notes = _load(folder, dtype, device, trust_remote_code)
     _load_generation_config(model, folder)
     model.eval()
     model.requires_grad_(False)
-    isolation = probe_isolation(config)
-    notes = []
     if isolation.holds:
         use_flat_attention(model)
     else:
@@ -240,7 +244,9 @@ def refuse_quantized(config: PretrainedConfig, folder: Path) -> None:
         )
 
 
-def _load(folder: Path, dtype: torch.dtype, device: str, trust_remote_code: bool) -> nn.Module:
+def _load(
+    folder: Path, dtype: torch.dtype, device: str, trust_remote_code: bool
+) -> tuple[nn.Module, list[str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -272,7 +278,7 @@ def _load(folder: Path, dtype: torch.dtype, device: str, trust_remote_code: bool
             ),
             fix="download the model again, or check its config.json",
         )
-    return model.to(device)
+    return model.to(device), notes_on_unused([str(n) for n in info.get("unexpected_keys") or ()])
 
 
 def _load_generation_config(model: nn.Module, folder: Path) -> None:

@@ -1,15 +1,18 @@
 """Quantises a base while it is read: the 16-bit model never stands in memory whole.
 
 Tensor by tensor from the mapped files: a projection's weight becomes codes, everything else is
-copied in the compute type, and what was read is let go of. Knows no adapters.
+copied in the compute type, and what was read is let go of; so are the pieces of stacked experts,
+once they are joined (`models/conversion.py`). Knows no adapters.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from tsugiki.errors import ModelError
@@ -18,6 +21,7 @@ from tsugiki.models.hollow import fill, hollow_model
 from tsugiki.models.quantized import put, quantizable, quantized
 from tsugiki.models.shards import StoredModel, open_model
 from tsugiki.models.spec import NameMap
+from tsugiki.models.unused import notes_on_unused, unused_tensors
 
 
 def load_quantized(
@@ -28,8 +32,8 @@ def load_quantized(
     dtype: torch.dtype,
     device: str,
     trust_remote_code: bool = False,
-) -> nn.Module:
-    """The model of a folder with its projections in few bits.
+) -> tuple[nn.Module, list[str]]:
+    """The model of a folder with its projections in few bits, and what to tell of its files.
 
     Args:
         method: nf4 or int8.
@@ -47,40 +51,79 @@ def load_quantized(
     names = NameMap(model, stored.tensors)
     wanted = where_stored(model, names, stored)
     buffers = dict(model.named_buffers())
+    joins = names.conversion.parts
     workspace = Workspace()
+
+    def place(path: str, read: Tensor, name: str) -> None:
+        owner, _, last = path.rpartition(".")
+        module = projections.get(owner)
+        if module is None or last != "weight":
+            fill(model, path, read.to(device, dtype, copy=True))
+            return
+        try:
+            small = quantized(method, module, read.to(device), workspace, dtype)
+        except ModelError as error:
+            raise ModelError(f"{name}: {error.problem}") from None
+        small._parameters["bias"] = module._parameters.get("bias")  # hollow, or come before
+        put(model, owner, small)
+
     with torch.no_grad():
+        come: Counter[str] = Counter()
         for name in stored.tensors:  # in the order of the files
+            joined = joins.get(name)
+            if joined is not None:
+                come[joined.paths[0]] += 1
+                if come[joined.paths[0]] == len(joined.parts):
+                    for path, made in joined.join(model, stored.tensor).items():
+                        place(path, made, name)
+                    for part in joined.parts:
+                        stored.release(part)
+                continue
             read = stored.tensor(name)
-            if name in buffers and buffers[name].shape == read.shape:
-                buffers[name].copy_(read)
-            path = wanted.get(name)
-            if path is None:
-                continue  # a buffer that was computed, or a second copy of a tied tensor
-            owner, _, last = path.rpartition(".")
-            module = projections.get(owner)
-            if module is not None and last == "weight":
-                try:
-                    small = quantized(method, module, read.to(device), workspace, dtype)
-                except ModelError as error:
-                    raise ModelError(f"{name}: {error.problem}") from None
-                small._parameters["bias"] = module._parameters.get("bias")  # hollow, or come before
-                put(model, owner, small)
-            else:
-                fill(model, path, read.to(device, dtype, copy=True))
+            buffer = buffers.get(names.conversion.renamed.get(name, name))
+            if buffer is not None and buffer.shape == read.shape:
+                buffer.copy_(read)
+            if name in wanted:  # not a buffer that was computed, or a second copy
+                place(wanted[name], read, name)
             del read
             stored.release(name)
-    return model.to(device)
+    return model.to(device), notes_on_base(model, method, names, stored.tensors)
+
+
+def notes_on_base(
+    model: nn.Module, method: str, names: NameMap, stored: Iterable[str]
+) -> list[str]:
+    """What to tell of a base in few bits: tensors that are not used, experts that stay whole.
+
+    Args:
+        names: of the base as it was, with the names in its files.
+        stored: those names.
+    """
+    notes = notes_on_unused(unused_tensors(model, stored, names))
+    experts = sum(
+        p.numel() for n, p in model.named_parameters() if p.dim() == 3 and ".experts." in n
+    )
+    if experts:
+        notes.append(
+            f"{method} is for the projections alone: {experts:,} parameters of stacked experts "
+            "stay in the compute type"
+        )
+    return notes
 
 
 def where_stored(model: nn.Module, names: NameMap, stored: StoredModel) -> dict[str, str]:
-    """Stored name → parameter, for every parameter of the model, a tied pair once.
+    """Stored name → parameter, for every parameter of the model, a tied pair once; those that are
+    joined of several tensors left out.
 
     Raises:
         ModelError: all that are missing or of another shape, at once.
     """
     found: dict[str, str] = {}
     missing, other = [], []
+    made = {path for joined in names.conversion.parts.values() for path in joined.paths}
     for path, parameter in model.named_parameters():
+        if path in made:
+            continue
         try:
             name = names.to_disk(path)
         except ModelError:

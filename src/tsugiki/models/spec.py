@@ -17,7 +17,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from tsugiki.errors import ModelError
+from tsugiki.models.conversion import Conversion, read_conversion
 from tsugiki.models.projections import projection
+
+# What configs call the longest sequence; the first that one has counts.
+CONTEXT = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx",
+    "seq_length", "context_length",
+)  # fmt: skip
+DECODER = "--model with a causal language model (a decoder, such as Llama, Qwen or GPT-2)"
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,11 @@ class ModelSpec:
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> ModelSpec:
-        """Shapes from a transformers config."""
+        """Shapes from a transformers config.
+
+        Raises:
+            ModelError: an encoder-decoder, or no causal language model.
+        """
         text = config.get_text_config()
         model = _build_on_meta(config)
         heads = int(_first(text, "num_attention_heads", "n_head") or 1)
@@ -74,7 +86,7 @@ class ModelSpec:
             head_dim=int(_first(text, "head_dim") or hidden // heads),
             intermediate_size=int(_first(text, "intermediate_size", "n_inner") or 4 * hidden),
             vocab_size=int(text.vocab_size),
-            context=int(_first(text, "max_position_embeddings", "n_positions") or 2048),
+            context=int(_first(text, *CONTEXT) or 2048),
             parameters=sum(p.numel() for p in unique_parameters(model)),
             tied=bool(getattr(text, "tie_word_embeddings", False)),
             config=config,
@@ -150,13 +162,22 @@ def stored_dtype(config: PretrainedConfig) -> str | None:
 
 
 def _build_on_meta(config: PretrainedConfig) -> nn.Module:
+    if config.is_encoder_decoder:
+        raise ModelError(
+            "this model is an encoder-decoder, not a causal language model",
+            got=f"is_encoder_decoder in the config ({config.model_type})",
+            fix=DECODER,
+        )
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers raises many types for an odd config
         raise ModelError(
             f"no causal language model can be built from this config ({config.model_type})",
-            got=_first_line(error),
+            got=_first_line(error).partition("Model type should be")[0].strip(),
+            fix="it reads more than text: --model with the text model of this family"
+            if config.get_text_config() is not config
+            else f"{DECODER}; or update transformers if this one is newer than it",
         ) from None
     assert isinstance(model, nn.Module)
     return model
@@ -166,11 +187,13 @@ class NameMap:
     """Disk name ↔ module path ↔ tied partner, for one base.
 
     Built from the module tree and, where the base's files are known, the names stored in them.
-    GPT-2's missing `transformer.` and similar base-model prefixes are understood.
+    GPT-2's missing `transformer.` and similar base-model prefixes are understood, and of the names
+    in its files those that transformers changes (`models/conversion.py`).
 
     Args:
         model: the base without adapters, on any device.
-        stored: every name in its files; none: the names are those that transformers would write.
+        stored: every name in its files; none: the names are those of the modules. A fingerprint
+            asks so: it stays as it is when transformers learns another name.
     """
 
     def __init__(self, model: nn.Module, stored: Iterable[str] = ()) -> None:
@@ -184,8 +207,10 @@ class NameMap:
             else:
                 first[id(parameter)] = name
         self.disk: dict[str, str] = {}
-        for name in sorted(stored):
-            path = self.to_module(name)
+        stored = sorted(stored)
+        self.conversion = read_conversion(model, stored) if stored else Conversion()
+        for name in stored:
+            path = None if name in self.conversion.parts else self.to_module(name)
             if path is not None:
                 self.disk.setdefault(path, name)
 
@@ -202,7 +227,8 @@ class NameMap:
         ):
             if candidate in self.parameters:
                 return candidate
-        return None
+        renamed = self.conversion.renamed.get(disk)
+        return renamed if renamed in self.parameters else None
 
     def to_disk(self, path: str) -> str:
         """The name under which a parameter is stored: its own, else that of a tied partner.

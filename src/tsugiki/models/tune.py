@@ -84,7 +84,7 @@ def tune(model: nn.Module) -> Tuned:
     """
     tuned = Tuned()
     if getattr(model.config, "_attn_implementation", None) != NAME:
-        tuned.kept.append("all modules: this base does not run documents end to end")
+        tuned.kept.append("all modules: this base keeps its own attention")
         return tuned
     was_training = {module: module.training for module in model.modules()}
     model.eval()
