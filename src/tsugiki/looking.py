@@ -27,7 +27,8 @@ def _prepare(config: RunConfig) -> tuple[Prepared, ChatFormat]:
     trusted = config.model.trust_remote_code
     spec = ModelSpec.from_folder(resolved.folder, trust_remote_code=trusted)
     check_context(config.data.max_length, spec)
-    chat = ChatFormat.of(load_tokenizer(resolved, trust_remote_code=trusted), config.data.template)
+    tokenizer = load_tokenizer(resolved, trust_remote_code=trusted)
+    chat = ChatFormat.of(tokenizer, config.data.template, config.data.template_date)
     return prepare_rows(config, chat, spec.context)[1], chat
 
 

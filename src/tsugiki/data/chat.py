@@ -7,6 +7,7 @@ the answer's end, and the stop token is always a label. Knows no files and no le
 
 from __future__ import annotations
 
+import datetime
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tsugiki.data.rendering import Watch, check_template
+from tsugiki.data.rendering import CLOCK, Watch, check_template, today, with_date
 from tsugiki.data.row import Message, Row, RowProblem
 from tsugiki.data.templates import FALLBACKS
 from tsugiki.errors import DataError
@@ -56,9 +57,13 @@ class ChatFormat:
     Args:
         tokenizer: any transformers tokenizer.
         name: "tokenizer" for its own template, else one of `FALLBACKS`.
+        date: what a template prints that prints the day; today when None. `self.date` is None
+            where the template prints none.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, name: str, date: datetime.date | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.name = name
         if name != "tokenizer" and name not in FALLBACKS:
@@ -67,11 +72,14 @@ class ChatFormat:
             )
         self.template = None if name == "tokenizer" else FALLBACKS[name]
         self.repairs: Counter[str] = Counter()
+        self.date: datetime.date | None = None
         self._watch = Watch()
         if self.template is None:
             own = tokenizer.chat_template
             for source in own.values() if isinstance(own, dict) else [own]:
                 check_template(str(source))
+                if CLOCK in str(source):
+                    self.date = date or today()
         plain = tokenizer("a", add_special_tokens=True)["input_ids"]
         self.bos = tokenizer.bos_token_id
         self.starts_with_bos = self.bos is not None and bool(plain) and plain[0] == self.bos
@@ -92,15 +100,25 @@ class ChatFormat:
         )
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, fallback: str | None = None) -> ChatFormat:
+    def of(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        fallback: str | None = None,
+        date: datetime.date | None = None,
+    ) -> ChatFormat:
         """The tokenizer's own template, or a named fallback (plain when none is named)."""
         if fallback is None and tokenizer.chat_template:
-            return cls(tokenizer, "tokenizer")
+            return cls(tokenizer, "tokenizer", date)
         return cls(tokenizer, fallback or "plain")
 
     def state(self) -> dict[str, Any]:
         """What an adapter folder keeps, so that chat renders what training saw."""
-        return {"format": self.name, "stop_id": self.stop_id, "stop_ids": list(self.stop_ids)}
+        return {
+            "format": self.name,
+            "stop_id": self.stop_id,
+            "stop_ids": list(self.stop_ids),
+            **({} if self.date is None else {"date": self.date.isoformat()}),
+        }
 
     @classmethod
     def from_state(
@@ -109,11 +127,16 @@ class ChatFormat:
         """The format that an adapter was trained with.
 
         Raises:
-            DataError: a format that is not known, or a tokenizer that ends answers otherwise.
+            DataError: a format that is not known, a date that is none, or a tokenizer that ends
+                answers otherwise.
         """
         if not state:
             return cls.of(tokenizer)
-        found = cls(tokenizer, str(state.get("format")))
+        try:
+            date = None if "date" not in state else datetime.date.fromisoformat(str(state["date"]))
+        except ValueError:
+            raise DataError("the chat format's date is none", got=state["date"]) from None
+        found = cls(tokenizer, str(state.get("format")), date)
         if "stop_id" in state and state["stop_id"] != found.stop_id:
             raise DataError(
                 "this tokenizer's chat template ends an answer with another token than in training",
@@ -141,7 +164,7 @@ class ChatFormat:
             return self.tokenizer.apply_chat_template(
                 [m.as_dict() for m in messages],
                 tools=list(tools) if tools else None,
-                chat_template=self.template,
+                chat_template=self._source(tools),
                 tokenize=False,
                 add_generation_prompt=answer_next,
                 starts_with_bos=self.starts_with_bos,
@@ -160,6 +183,13 @@ class ChatFormat:
         if not isinstance(text, str):
             raise RowProblem("the chat template gave no text")
         return text
+
+    def _source(self, tools: Sequence[Any] | None) -> str | None:
+        """The template to render with; None: the tokenizer's own as it is."""
+        if self.date is None:
+            return self.template
+        own = self.tokenizer.get_chat_template(None, list(tools) if tools else None)
+        return with_date(str(own), self.date)
 
     def encode(self, text: str) -> list[int]:
         """Rendered text → ids, no special tokens added."""

@@ -1,0 +1,93 @@
+"""Chat templates with a will of their own: they print the day."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+
+import pytest
+from families import save_tiny
+from tokenizers_for_tests import CHATML, tiny_tokenizer
+
+from tsugiki.config import build_config, read_yaml
+from tsugiki.data import chat as chat_room
+from tsugiki.data.chat import ChatFormat
+from tsugiki.data.rendering import today
+from tsugiki.data.row import Message
+from tsugiki.errors import DataError
+from tsugiki.files import read_json
+from tsugiki.pipelines import run_training
+from tsugiki.terminal import Terminal
+
+# What Llama 3.2's template does, in small.
+DATED = (
+    "{% if not day is defined %}{% if strftime_now is defined %}"
+    "{% set day = strftime_now('%d %b %Y') %}{% else %}{% set day = '26 Jul 2024' %}{% endif %}"
+    "{% endif %}{{ 'Today: ' + day + '\n' }}" + CHATML
+)
+DAY = datetime.date(2031, 2, 3)
+
+
+def text_of(chat: ChatFormat) -> str:
+    return chat.render([Message("user", "hi")], answer_next=True)
+
+
+def test_a_template_prints_the_day_that_it_is_given() -> None:
+    chat = ChatFormat.of(tiny_tokenizer(DATED), date=DAY)
+    assert text_of(chat).startswith("Today: 03 Feb 2031\n<|im_start|>user\nhi<|im_end|>\n")
+    assert ChatFormat.of(tiny_tokenizer(DATED)).date == today()
+    again = ChatFormat.from_state(chat.state(), tiny_tokenizer(DATED))
+    assert (again.date, text_of(again)) == (DAY, text_of(chat))
+    with pytest.raises(DataError, match="date is none"):
+        ChatFormat.from_state({**chat.state(), "date": "soon"}, tiny_tokenizer(DATED))
+    plain = ChatFormat.of(tiny_tokenizer(CHATML), date=DAY)
+    assert (plain.date, "date" in plain.state()) == (None, False)
+    assert ChatFormat.of(tiny_tokenizer(DATED), "chatml", DAY).date is None
+
+
+@pytest.mark.parametrize(
+    ("form", "printed"),
+    [("%Y-%m-%d", "2031-02-03"), ("%-d.%-m.%y, %A", "3.2.31, Monday"), ("%%d %F %e", "%d 2031-02-03  3"),
+     ("%B %j %H:%M", "February 034 00:00"), ("no day", "no day")],
+)  # fmt: skip
+def test_every_form_of_the_day(form: str, printed: str) -> None:
+    """Nothing else changes: lines and blanks at the template's beginning stay."""
+    for before in ("", "\n", "  \n x", "  {% if true %}y{% endif %}\n"):
+        source = before + "{% set f = '" + form + "' %}{{ strftime_now(f) }}"
+        chat = ChatFormat.of(tiny_tokenizer(source), date=DAY)
+        without = ChatFormat.of(tiny_tokenizer(before + "{% set f = 1 %}{{ 'Z' }}"))
+        assert text_of(chat) == text_of(without).removesuffix("Z") + printed
+
+
+def test_a_tools_template_prints_the_day_too() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": DATED, "tool_use": "tools: " + DATED}
+    chat = ChatFormat.of(tokenizer, date=DAY)
+    told = chat.render([Message("user", "hi")], answer_next=True, tools=[{"name": "add"}])
+    assert told.startswith("tools: Today: 03 Feb 2031\n")
+    assert text_of(chat).startswith("Today: 03 Feb 2031\n")
+
+
+@pytest.mark.parametrize("template", [DATED, CHATML])
+def test_a_run_goes_on_with_the_day_that_it_began_with(
+    tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny("llama", tmp_path / "model", tiny_tokenizer(template))
+    rows = [{"prompt": f"say {i}", "completion": f"{i} it is"} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {
+        "output": "run", "model": {"name": "model", "device": "cpu", "dtype": "float32"},
+        "data": {"path": "rows.jsonl"},
+        "train": {"max_steps": 1, "batch_size": 2, "gradient_accumulation_steps": 1},
+    }  # fmt: skip
+    monkeypatch.setattr(chat_room, "today", lambda: DAY)
+    run_training(build_config(given), Terminal(as_json=True))
+    stored = build_config(read_yaml(Path("run/config.yaml")))
+    kept = DAY if template is DATED else None
+    assert stored.data.template_date == kept
+    adapter = read_json(Path("run/adapter/tsugiki.json"))
+    assert adapter["chat"].get("date") == (kept and kept.isoformat())
+    monkeypatch.setattr(chat_room, "today", lambda: DAY + datetime.timedelta(1))
+    run_training(stored, Terminal(as_json=True), resume=Path("run"))
