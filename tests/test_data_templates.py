@@ -1,4 +1,4 @@
-"""Chat templates with a will of their own: they print the day."""
+"""Chat templates with a will of their own: they print the day, open a thought, leave a turn out."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from tokenizers_for_tests import CHATML, tiny_tokenizer
 from tsugiki.config import build_config, read_yaml
 from tsugiki.data import chat as chat_room
 from tsugiki.data.chat import ChatFormat
+from tsugiki.data.dataset import prepare
+from tsugiki.data.formats import Rows
 from tsugiki.data.rendering import today
-from tsugiki.data.row import Message
+from tsugiki.data.row import Message, Row
 from tsugiki.errors import DataError
 from tsugiki.files import read_json
 from tsugiki.pipelines import run_training
@@ -25,6 +27,18 @@ DATED = (
     "{% if not day is defined %}{% if strftime_now is defined %}"
     "{% set day = strftime_now('%d %b %Y') %}{% else %}{% set day = '26 Jul 2024' %}{% endif %}"
     "{% endif %}{{ 'Today: ' + day + '\n' }}" + CHATML
+)
+# The prompt opens a thought, and finished turns have none (R1).
+OPENED = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}"
+    "{% elif m.role == 'assistant' %}{{ 'A: ' + m.content.split('</think>')[-1] }}<|im_end|>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'A: <think>\n' }}{% endif %}"
+)
+# Writes the thought of an answer where its prompt has closed an empty one.
+CLOSED = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}"
+    "A: <think>{{ m.thought }}</think>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A: <think></think>{% endif %}"
 )
 DAY = datetime.date(2031, 2, 3)
 
@@ -91,3 +105,31 @@ def test_a_run_goes_on_with_the_day_that_it_began_with(
     assert adapter["chat"].get("date") == (kept and kept.isoformat())
     monkeypatch.setattr(chat_room, "today", lambda: DAY + datetime.timedelta(1))
     run_training(stored, Terminal(as_json=True), resume=Path("run"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "trained"),
+    [("2", "2"), ("<think>\nhm\n</think>\n\n2", "hm\n</think>\n\n2"), (" <think>hm</think>2 ", "hm</think>2 ")],
+)  # fmt: skip
+def test_a_prompt_that_opens_a_thought_is_trained_as_chat_sends_it(
+    answer: str, trained: str
+) -> None:
+    chat = ChatFormat.of(tiny_tokenizer(OPENED))
+    talk = (Message("user", "1+1?"), Message("assistant", answer), Message("user", "sure?"))
+    last = Message("assistant", "<think>\nagain\n</think>yes")
+    first, second = chat.examples(Row((*talk, last), None, "a:1"))
+    for example, before, said in ((first, talk[:1], trained), (second, talk, "again\n</think>yes")):
+        prompt = chat.prompt_ids(before)
+        assert list(example.ids[: len(prompt)]) == prompt
+        assert example.labels[: len(prompt)] == (-100,) * len(prompt)
+        assert chat.tokenizer.decode(example.labels[len(prompt) :]) == said + "<|im_end|>"
+
+
+def test_a_prompt_that_the_answer_changes_is_told_with_a_way_out() -> None:
+    chat = ChatFormat.of(tiny_tokenizer(CLOSED))
+    answer = Message("assistant", "2", (("thought", "hm"),))
+    row = Row((Message("user", "1+1?"), answer), None, "a:1")
+    rows = Rows([row], [], "messages", (), "", 1)
+    with pytest.raises(DataError, match="differently once the answer is there") as caught:
+        prepare(rows, chat, max_length=200)
+    assert "--template chatml" in str(caught.value)

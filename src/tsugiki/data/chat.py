@@ -16,17 +16,16 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tsugiki.data.rendering import CLOCK, Watch, check_template, today, with_date
+from tsugiki.data.repairs import forms
 from tsugiki.data.row import Message, Row, RowProblem
 from tsugiki.data.templates import FALLBACKS
 from tsugiki.errors import DataError
 
 IGNORED = -100
 MARKER = "zxqj"
+DIFFERS = "the template renders the prompt differently once the answer is there"
 NO_CALLS = "this chat format writes no tool calls"
 TEMPLATE_REFUSES = "the chat template refuses it"
-FOLDED = "system turn put into the first user turn"
-JOINED = "turns of one role joined"
-UNASKED = "opening answer that nothing asked for left out"
 
 
 @dataclass(frozen=True)
@@ -267,20 +266,8 @@ class ChatFormat:
         original = tuple(messages)
         if not original:
             raise RowProblem("no turns")
-        asked = _asked(original)
-        began = () if asked == original else (UNASKED,)
-        folded = _fold_system(asked)
         first: RowProblem | None = None
-        tried: list[tuple[Message, ...]] = []
-        for candidate, names in (
-            (asked, began),
-            (folded, (*began, FOLDED)),
-            (_join_turns(asked), (*began, JOINED)),
-            (_join_turns(folded), (*began, FOLDED, JOINED)),
-        ):
-            if candidate in tried or not candidate:
-                continue
-            tried.append(candidate)
+        for candidate, names in forms(original):
             try:
                 self.render(candidate, answer_next=candidate[-1].role != "assistant", tools=tools)
             except RowProblem as problem:
@@ -298,11 +285,10 @@ class ChatFormat:
         ids = self.encode(upto)
         if ids[: len(prompt)] != prompt:
             if not upto.startswith(before):
-                raise RowProblem(
-                    f"turn {index + 1}: the template renders the prompt differently once "
-                    "the answer is there"
-                )
-            ids = prompt + self.encode(upto[len(before) :])
+                upto = before + self._unopened(messages[: index + 1], before, row.tools)
+                ids = self.encode(upto)
+            if ids[: len(prompt)] != prompt:
+                ids = prompt + self.encode(upto[len(before) :])
         if self.appends_stop:
             ids = [*ids, self.stop_id]
         tail = ids[len(prompt) :]
@@ -313,6 +299,30 @@ class ChatFormat:
             calls = f": {NO_CALLS}" if messages[index].extra else ""
             raise RowProblem(f"turn {index + 1}: the answer has no tokens{calls}")
         return ids[: len(prompt) + end], len(prompt)
+
+    def _unopened(
+        self, messages: tuple[Message, ...], before: str, tools: Sequence[Any] | None
+    ) -> str:
+        """The last answer and what ends it, for a prompt that opens what the template then drops.
+
+        R1's prompt ends with <think>, and its finished turns have none. The answer follows as it
+        is, as chat would send the prompt; a tag that the prompt has opened is not said twice.
+
+        Raises:
+            RowProblem: the two differ by more than how the prompt ends.
+        """
+        answer = messages[-1]
+        marked = (*messages[:-1], replace(answer, content=MARKER))
+        text = self.render(marked, answer_next=False, tools=tools)
+        both = zip(before, text, strict=False)
+        shared = next((i for i, (a, b) in enumerate(both) if a != b), min(len(before), len(text)))
+        opened, rest = before[shared:], text[shared:].lstrip()
+        if not rest.startswith(MARKER) or not answer.content.strip():
+            raise RowProblem(f"turn {len(messages)}: {DIFFERS}")
+        said, tag = answer.content, opened.strip()
+        if tag and said.lstrip().startswith(tag):
+            said = said.lstrip().removeprefix(tag).removeprefix(opened[len(opened.rstrip()) :])
+        return said + rest.removeprefix(MARKER)
 
     def _example(
         self, ids: list[int], spans: list[tuple[int, int]], row: Row, key: str, train_on: str
@@ -358,29 +368,3 @@ def _key(messages: tuple[Message, ...]) -> str:
     """
     first = next(i for i, m in enumerate(messages) if m.role == "assistant")
     return "\x1e".join(f"{m.role}\x1f{m.content}" for m in messages[:first])
-
-
-def _asked(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """From the first turn on that is no answer, if any is left."""
-    asked = next((i for i, m in enumerate(messages) if m.role != "assistant"), 0)
-    return messages[asked:]
-
-
-def _fold_system(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    system = "\n\n".join(m.content for m in messages if m.role == "system")
-    rest = [m for m in messages if m.role != "system"]
-    for i, message in enumerate(rest):
-        if system and message.role == "user":
-            rest[i] = Message("user", f"{system}\n\n{message.content}", message.extra)
-            break
-    return tuple(rest)
-
-
-def _join_turns(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    out: list[Message] = []
-    for message in messages:
-        if out and out[-1].role == message.role and message.role in ("user", "assistant"):
-            out[-1] = Message(message.role, f"{out[-1].content}\n\n{message.content}")
-        else:
-            out.append(message)
-    return tuple(out)
