@@ -16,6 +16,7 @@ from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import prepare
 from tsugiki.data.formats import Rows
 from tsugiki.data.rendering import today
+from tsugiki.data.repairs import FOLDED
 from tsugiki.data.row import Message, Row
 from tsugiki.errors import DataError
 from tsugiki.files import read_json
@@ -40,6 +41,13 @@ CLOSED = (
     "A: <think>{{ m.thought }}</think>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}A: <think></think>{% endif %}"
 )
+# Prints user and assistant turns alone.
+SILENT = (
+    "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }}\n"
+    "{% elif m.role == 'assistant' %}ASSISTANT: {{ m.content }}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+)
+HEAD = "{% if messages[0].role == 'system' %}{{ messages[0].content | trim | upper }}{% endif %}"
 DAY = datetime.date(2031, 2, 3)
 
 
@@ -133,3 +141,35 @@ def test_a_prompt_that_the_answer_changes_is_told_with_a_way_out() -> None:
     with pytest.raises(DataError, match="differently once the answer is there") as caught:
         prepare(rows, chat, max_length=200)
     assert "--template chatml" in str(caught.value)
+
+
+BRIEF = Message("system", "Be brief. ")
+ASKED, SAID = Message("user", "one?"), Message("assistant", "1")
+
+
+def test_a_system_turn_that_a_template_leaves_out_goes_into_the_first_question() -> None:
+    chat = ChatFormat.of(tiny_tokenizer(SILENT))
+    for _ in range(2):
+        (example,) = chat.examples(Row((BRIEF, ASKED, SAID), None, "a:1"))
+        shown = chat.tokenizer.decode(example.ids)
+        assert shown == "USER: Be brief. \n\none?\nASSISTANT: 1<|im_end|>"
+    assert dict(chat.repairs) == {FOLDED: 2}
+    prompt = chat.prompt_ids([BRIEF, ASKED])
+    assert list(example.ids[: len(prompt)]) == prompt, "chat asks as training did"
+    rows = Rows([Row((BRIEF, Message("tool", "x"), SAID), None, "a:1")], [], "messages", (), "", 1)
+    with pytest.raises(DataError, match="leaves the system turn out") as caught:
+        prepare(rows, chat, max_length=200)
+    assert "--template chatml" in str(caught.value)
+    (plain,) = chat.examples(Row((Message("system", " "), ASKED, SAID), None, "a:1"))
+    assert chat.tokenizer.decode(plain.ids).startswith("USER: one?")
+
+
+def test_a_system_turn_that_a_template_prints_in_its_way_stays() -> None:
+    chat = ChatFormat.of(tiny_tokenizer(HEAD + SILENT))
+    (example,) = chat.examples(Row((BRIEF, ASKED, SAID), None, "a:1"))
+    assert chat.tokenizer.decode(example.ids).startswith("BE BRIEF.USER: one?")
+    assert not chat.repairs
+    later = (ASKED, SAID, BRIEF, ASKED, SAID)  # there this template is silent
+    (example,) = chat.examples(Row(later, None, "a:1"))
+    assert chat.tokenizer.decode(example.ids).startswith("USER: Be brief. \n\none?\n")
+    assert dict(chat.repairs) == {FOLDED: 1}

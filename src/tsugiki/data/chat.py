@@ -25,6 +25,7 @@ IGNORED = -100
 MARKER = "zxqj"
 DIFFERS = "the template renders the prompt differently once the answer is there"
 NO_CALLS = "this chat format writes no tool calls"
+LEFT_OUT = "the chat template leaves the system turn out"
 TEMPLATE_REFUSES = "the chat template refuses it"
 
 
@@ -72,6 +73,7 @@ class ChatFormat:
         self.template = None if name == "tokenizer" else FALLBACKS[name]
         self.repairs: Counter[str] = Counter()
         self.date: datetime.date | None = None
+        self._left_out: dict[object, bool] = {}  # by the roles of a conversation
         self._watch = Watch()
         if self.template is None:
             own = tokenizer.chat_template
@@ -270,12 +272,32 @@ class ChatFormat:
         for candidate, names in forms(original):
             try:
                 self.render(candidate, answer_next=candidate[-1].role != "assistant", tools=tools)
+                if self._leaves_out(candidate, tools):
+                    raise RowProblem(LEFT_OUT)
             except RowProblem as problem:
                 first = first or problem
                 continue
             yield candidate, names
         if first is not None:
             raise first
+
+    def _leaves_out(self, messages: tuple[Message, ...], tools: Sequence[Any] | None) -> bool:
+        """Whether the template prints less than every system turn; asked once for equal roles."""
+        roles = tuple((m.role, bool(m.content.strip())) for m in messages)
+        if self.template is not None or ("system", True) not in roles:
+            return False
+        if (roles, bool(tools)) not in self._left_out:
+            marks = {i: f"{MARKER}{i}x" for i, role in enumerate(roles) if role == ("system", True)}
+            marked = [
+                replace(m, content=marks[i]) if i in marks else m for i, m in enumerate(messages)
+            ]
+            try:
+                text = self.render(marked, answer_next=roles[-1][0] != "assistant", tools=tools)
+            except RowProblem:
+                return False  # it reads what the turn says; then it will print it too
+            missing = any(mark not in text.lower() for mark in marks.values())
+            self._left_out[roles, bool(tools)] = missing
+        return self._left_out[roles, bool(tools)]
 
     def _answer(self, messages: tuple[Message, ...], index: int, row: Row) -> tuple[list[int], int]:
         """Ids up to and with the stop token of the answer at `index`, and where it begins."""
