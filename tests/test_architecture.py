@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "tsugiki"
 
 FLOORS: dict[str, int] = {
     "errors": 0, "config": 0, "files": 0, "device": 0, "supervise": 0, "terminal": 0,
-    "presets": 0, "stopping": 0,
+    "presets": 0, "stopping": 0, "spellings": 0, "mistakes": 0,
     "models": 1, "data": 1, "kernels": 1, "formats": 1,
     "adapters": 2, "memory": 2,
     "planning": 3, "engine": 3, "proof": 3,

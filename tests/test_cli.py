@@ -235,6 +235,54 @@ def test_yaml_keys(place: Path) -> None:
     assert "line 3" in done.stderr
 
 
+MISTAKEN = {
+    "yes as seed": ("train: {seed: yes}", "--seed (train.seed): takes a whole number, not yes or"),
+    "yes as patience": (
+        "train: {early_stopping: true}",
+        "--early-stopping (train.early_stopping):",
+    ),
+    "yes as epochs": ("train: {epochs: true}", "(train.epochs): takes a number, not yes or no"),
+    "flag": ("lora_r: 8", "did you mean lora.r?"),
+    "flag with dashes": ("lora-alpha: 8", "did you mean lora.alpha?"),
+    "no section": ("learning_rate: 5e-5", "did you mean train.learning_rate?"),
+    "other section": ("train: {lora_dropout: 0}", "did you mean lora.dropout?"),
+    "far": ("train: {zzzz: 0}", "known: method, epochs"),
+    "a section": (
+        "model: ./base",
+        "model is a section of settings (got './base'); did you mean mo",
+    ),
+    "columns": ("data: {columns: prompt}", "takes a list of role=column"),
+    "roles": ("data: {columns: {prompt: a, ansewr: b}}", "roles: prompt, answer, system, text"),
+    "day": ("data: {template_date: 20261130}", "takes a day such as 2026-11-30"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKEN)
+def test_what_yaml_takes_and_what_was_meant(tmp_path: Path, case: str) -> None:
+    text, said = MISTAKEN[case]
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UsageError) as caught:
+        build_config(read_yaml(tmp_path / "c.yaml"))
+    assert said in str(caught.value)
+
+
+def test_yaml_takes_what_flags_take(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        'lora: {targets: "q_proj, v_proj"}\ntrain: {sample_prompt: hi, learning_rate: 5e-5}\n'
+        'data: {columns: "prompt=q, answer=c[label]", template_date: 2026-11-30}\n'
+    )
+    config = build_config(read_yaml(tmp_path / "c.yaml"))
+    assert config.lora.targets == ("q_proj", "v_proj")
+    assert (config.train.sample_prompt, config.train.learning_rate) == (("hi",), 5e-5)
+    assert config.data.columns == {"prompt": "q", "answer": "c[label]"}
+    assert str(config.data.template_date) == "2026-11-30"
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert build_config(read_yaml(tmp_path / "again.yaml")) == config
+    flags = {"lora": {"targets": "k_proj,"}, "data": {"columns": "text=t"}}
+    config = build_config(read_yaml(tmp_path / "c.yaml"), flags)
+    assert (config.lora.targets, config.data.columns) == (("k_proj",), {"text": "t"})
+
+
 def test_precedence() -> None:
     from tsugiki.cli import configure
 

@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 
 from tsugiki.data.aozora import clean, looks_like_aozora
 from tsugiki.data.formats import read_rows
+from tsugiki.errors import DataError
+from tsugiki.looking import clean_data
+from tsugiki.terminal import Terminal
 
 HEADER = (
     "題\r\n作者\r\n\r\n" + "-" * 55 + "\r\n【テキスト中に現れる記号について】\r\n\r\n《》：ルビ\r\n"
@@ -92,3 +95,27 @@ def test_six_real_works(shared_data: Path) -> None:
         assert "テキスト中に現れる" not in text
         assert clean(text) == text
         assert len(text) > 0.3 * len(raw) / 2
+
+
+def test_a_folder_of_texts_keeps_its_folders_and_is_checked_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    source, output = tmp_path / "texts", tmp_path / "clean"
+    for name in ("a/honbun.txt", "b/honbun.txt"):
+        (source / name).parent.mkdir(parents=True)
+        (source / name).write_bytes(whole(f"{name}に\u300aに\u300bいる。"))
+    (source / "b" / "meta.csv").write_text("title,author\nx,y\n")
+    clean_data(source, output, Terminal(as_json=True))
+    found = {str(p.relative_to(output)) for p in output.rglob("*") if p.is_file()}
+    assert found == {"a/honbun.txt", "b/honbun.txt"}
+    assert (output / "b" / "honbun.txt").read_text(encoding="utf-8") == (
+        "題\n作者\n\nb/honbun.txtにいる。\n"
+    )
+    (output / "a" / "honbun.txt").unlink()
+    with pytest.raises(DataError, match=r"b/honbun\.txt exists already"):
+        clean_data(source, output, Terminal(as_json=True))
+    assert not (output / "a" / "honbun.txt").exists(), "nothing is written first"
+    (source / "a" / "honbun.md").write_bytes(whole("c"))
+    with pytest.raises(DataError, match="would both become"):
+        clean_data(source, tmp_path / "other", Terminal(as_json=True))
+    assert not (tmp_path / "other").exists()

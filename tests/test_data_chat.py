@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from tokenizers_for_tests import CHATML, tiny_tokenizer
 
-from tsugiki.data.chat import FOLDED, IGNORED, JOINED, UNASKED, ChatFormat, Example
+from tsugiki.data.chat import IGNORED, ChatFormat, Example
 from tsugiki.data.lengths import fit
 from tsugiki.data.rendering import Watch, check_template
+from tsugiki.data.repairs import FOLDED, JOINED, UNASKED
 from tsugiki.data.report import show
 from tsugiki.data.row import Message, Row, RowProblem
 from tsugiki.data.templates import FALLBACKS
@@ -24,6 +25,12 @@ THINKING = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 THOUGHT = "<think>\n\n</think>\n\n"
+# The prompt opens a thought, and finished turns have none (R1).
+OPENED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
 # No system role, roles must alternate, BOS in the template (Gemma).
 ALTERNATING = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}"
@@ -44,7 +51,7 @@ INST = (
 ENDLESS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 TEMPLATES = {
     "plainly": CHATML, "thinking": THINKING, "alternating": ALTERNATING, "inst": INST,
-    "endless": ENDLESS,
+    "endless": ENDLESS, "opened": OPENED,
 }  # fmt: skip
 
 
@@ -87,6 +94,7 @@ def trained(example: Example, chat: ChatFormat) -> list[str]:
     [
         ("plainly", [["1<|im_end|>", "2<|im_end|>"]], "<|im_end|>"),
         ("thinking", [[THOUGHT + "1<|im_end|>"], [THOUGHT + "2<|im_end|>"]], "<|im_end|>"),
+        ("opened", [["1<|im_end|>"], ["2<|im_end|>"]], "<|im_end|>"),
         ("alternating", [["1<|im_end|>", "2<|im_end|>"]], "<|im_end|>"),
         ("inst", [[" 1 </s>", " 2 </s>"]], "</s>"),
         ("endless", [["assistant: 1\n</s>"], ["assistant: 2\n</s>"]], "</s>"),

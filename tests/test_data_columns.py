@@ -10,7 +10,7 @@ from test_data_formats import lines, told, write
 
 from tsugiki.data.formats import read_rows
 from tsugiki.errors import DataError
-from tsugiki.flags import columns
+from tsugiki.spellings import columns
 
 
 def test_columns_templates_and_an_index(tmp_path: Path) -> None:

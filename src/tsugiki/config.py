@@ -9,15 +9,26 @@ Precedence: flag > `--config` file > `--preset` > chosen default.
 
 from __future__ import annotations
 
+import datetime
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
-from tsugiki.errors import UsageError, did_you_mean
+from tsugiki import spellings
+from tsugiki.errors import UsageError
 from tsugiki.files import parse_bytes, parse_yaml
+from tsugiki.mistakes import explain
 
 TrainOn = Literal["assistant", "last", "everything"]
 Long = Literal["skip", "window", "split"]
@@ -26,16 +37,14 @@ Scheduler = Literal["cosine", "linear", "constant"]
 Compute = Literal["bf16", "int8"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["none", "nf4", "int8"]
-Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 Checkpointing = Literal["auto", "always", "never"]
-
-# What people type for an optimiser (Hugging Face's and bitsandbytes' names among them).
-OPTIMIZER_NAMES: dict[str, str] = {
-    "adam": "adamw", "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw",
-    "adamw8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "adamw_bitsandbytes": "adamw_8bit",
-    "paged_adamw": "adamw", "paged_adamw_32bit": "adamw",  # full precision: little to page
-    "paged_adamw8bit": "paged_adamw_8bit", "paged_adamw_bnb_8bit": "paged_adamw_8bit",
-}  # fmt: skip
+Optimizer = Annotated[
+    Literal["adamw", "adamw_8bit", "paged_adamw_8bit"], BeforeValidator(spellings.optimizer)
+]
+Columns = Annotated[dict[str, str], BeforeValidator(spellings.columns)]
+Day = Annotated[datetime.date | None, BeforeValidator(spellings.day)]
+Targets = Annotated[str | tuple[str, ...], BeforeValidator(spellings.names)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(spellings.texts)]
 
 
 def option(flag: str, text: str, default: Any = None) -> Any:
@@ -47,6 +56,15 @@ class Section(BaseModel):
     """Frozen, refuses unknown keys, and is validated also where a default is used."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, field: ValidationInfo) -> Any:
+        kind = spellings.plain_type(cls.model_fields[str(field.field_name)].annotation)[0]
+        if isinstance(value, bool) and kind in (int, float):
+            what = "whole number" if kind is int else "number"
+            raise ValueError(f"takes a {what}, not yes or no")
+        return value
 
 
 class ModelConfig(Section):
@@ -80,7 +98,7 @@ class DataConfig(Section):
     eval_ratio: float | None = option(
         "--eval-ratio", "share of rows held out (0 for none); default 0.1, at most 200 rows"
     )
-    columns: dict[str, str] = option(
+    columns: Columns = option(
         "--columns", "what columns hold: prompt=question,answer=choice[label]; text=story", {}
     )
     prompt_template: str | None = option(
@@ -92,6 +110,11 @@ class DataConfig(Section):
     template: Literal["chatml", "alpaca", "instruction-ja", "plain"] | None = option(
         "--template",
         "chat format where the tokenizer has none: chatml, alpaca, instruction-ja, plain",
+    )
+    template_date: Day = option(
+        "--template-date",
+        "day that a chat template prints which prints the day, such as 2026-11-30; "
+        "default: the day on which the run begins",
     )
     train_on: TrainOn = option(
         "--train-on", "assistant: every answer; last: the last one; everything", "assistant"
@@ -123,7 +146,7 @@ class LoraConfig(Section):
     r: int = option("--lora-r", "rank of the adapter", 16)
     alpha: float | None = option("--lora-alpha", "scale is alpha / r; default 2·r")
     dropout: float = option("--lora-dropout", "dropout on the adapter's input", 0.0)
-    targets: str | tuple[str, ...] = option(
+    targets: Targets = option(
         "--targets",
         "minimal (q,v), standard (q,k,v,o), maximal, all-linear, or names",
         "all-linear",
@@ -197,20 +220,12 @@ class TrainConfig(Section):
     early_stopping: int | None = option(
         "--early-stopping", "stop after so many held-out losses without a new best"
     )
-    sample_prompt: tuple[str, ...] = option(
+    sample_prompt: Texts = option(
         "--sample-prompt", "prompt answered at start, middle and end (repeatable)", ()
     )
     show_grad_norms: bool = option(
         "--show-grad-norms", "gradient norm of every LoRA tensor in the log", False
     )
-
-    @field_validator("optimizer", mode="before")
-    @classmethod
-    def _optimizer(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        name = value.strip().lower().replace("-", "_")
-        return OPTIMIZER_NAMES.get(name, name)
 
     @field_validator("max_memory")
     @classmethod
@@ -326,7 +341,9 @@ def build_config(*layers: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise UsageError(_explain(error), fix="tsugiki train --help lists every setting") from None
+        known = {name: list(section.model_fields) for name, section in SECTIONS.items()}
+        told = explain(error, flags_by_place(), known | {"": list(RunConfig.model_fields)})
+        raise UsageError(told, fix="tsugiki train --help lists every setting") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -355,45 +372,3 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def flags_by_place() -> dict[Path_, str]:
     """Where a value lives → its flag; the other way round than `flag_fields`."""
     return {place: flag for flag, place in flag_fields().items()}
-
-
-def _explain(error: ValidationError) -> str:
-    names = flags_by_place()
-    lines = []
-    for item in error.errors():
-        place = tuple(str(part) for part in item["loc"])
-        dotted = ".".join(place)
-        flag = next((names[place[:n]] for n in (2, 1) if place[:n] in names), None)
-        shown = f"{flag} ({dotted})" if flag else dotted
-        if item["type"] == "extra_forbidden":
-            known = list(
-                SECTIONS[place[0]].model_fields
-                if len(place) > 1 and place[0] in SECTIONS
-                else RunConfig.model_fields
-            )
-            near = did_you_mean(place[-1], known)
-            hint = f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
-            lines.append(f"unknown setting {dotted!r}; {hint}")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{shown}: {message} (got {item['input']!r})")
-    return "\n".join(lines)
-
-
-def plain_type(annotation: Any) -> tuple[Any, bool]:
-    """(type without None, whether a flag of this type repeats); for generating flags."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return plain_type(get_args(annotation)[0])
-    arguments = [a for a in get_args(annotation) if a is not type(None)]
-    if origin is Literal:
-        return str if all(isinstance(a, str) for a in arguments) else int, False
-    if origin is tuple:
-        return arguments[0], True
-    if origin is dict:
-        return str, False
-    if arguments and origin is not None:
-        if str in arguments and len(arguments) > 1:
-            return str, False
-        return plain_type(arguments[0])
-    return annotation, False

@@ -12,11 +12,10 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from tsugiki.config import SECTIONS, RunConfig, flag_fields, plain_type
-from tsugiki.errors import UsageError
+from tsugiki.config import SECTIONS, RunConfig, flag_fields
+from tsugiki.spellings import plain_type
 
 PANELS = {"model": "Base model", "data": "Data", "lora": "Adapter", "train": "Training"}
-ROLES = ("prompt", "answer", "system", "text")  # of --columns
 
 
 def with_config_flags(
@@ -63,7 +62,6 @@ def with_config_flags(
             value = arguments.pop(name)
             if value is None or value == []:
                 continue
-            value = _parse(place, value)
             if len(place) == 1:
                 settings[place[0]] = value
             else:
@@ -76,31 +74,3 @@ def with_config_flags(
     run.__signature__ = inspect.Signature(by_kind)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in by_kind}
     return run
-
-
-def _parse(place: tuple[str, ...], value: Any) -> Any:
-    if place == ("data", "columns"):
-        return columns(value)
-    if place == ("lora", "targets") and "," in value:
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return value
-
-
-def columns(text: str) -> dict[str, str]:
-    """'prompt=question,answer=choice[label]' → {'prompt': 'question', 'answer': 'choice[label]'}.
-
-    Raises:
-        UsageError: a part without '=', or a role that is not one of these.
-    """
-    found = {}
-    for part in text.split(","):
-        role, equals, column = part.partition("=")
-        if not equals or not column.strip() or role.strip() not in ROLES:
-            raise UsageError(
-                "--columns is a list of role=column",
-                got=text,
-                allowed=f"roles: {', '.join(ROLES)}",
-                fix="--columns prompt=question,answer=answer",
-            )
-        found[role.strip()] = column.strip()
-    return found

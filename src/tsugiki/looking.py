@@ -10,7 +10,7 @@ from tsugiki.config import RunConfig
 from tsugiki.data import aozora
 from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import Prepared
-from tsugiki.data.named import data_files
+from tsugiki.data.named import ROW_SUFFIXES, SUFFIXES, data_files
 from tsugiki.data.report import counts_table, show
 from tsugiki.errors import DataError
 from tsugiki.files import atomic_write
@@ -27,7 +27,8 @@ def _prepare(config: RunConfig) -> tuple[Prepared, ChatFormat]:
     trusted = config.model.trust_remote_code
     spec = ModelSpec.from_folder(resolved.folder, trust_remote_code=trusted)
     check_context(config.data.max_length, spec)
-    chat = ChatFormat.of(load_tokenizer(resolved, trust_remote_code=trusted), config.data.template)
+    tokenizer = load_tokenizer(resolved, trust_remote_code=trusted)
+    chat = ChatFormat.of(tokenizer, config.data.template, config.data.template_date)
     return prepare_rows(config, chat, spec.context)[1], chat
 
 
@@ -63,21 +64,29 @@ def check_data(config: RunConfig, terminal: Terminal) -> bool:
 def clean_data(source: Path, output: Path, terminal: Terminal) -> None:
     """Write each Aozora text under `source` to `output`, UTF-8, without its marks.
 
+    Folders under `source` are kept. Nothing is written before every target is known to be free.
+
     Raises:
-        DataError: no file looks like one of Aozora Bunko's; a file is there already.
+        DataError: no file looks like one of Aozora Bunko's; a file is there already; two texts
+            that would become one file.
     """
-    written = 0
-    for file in data_files(source):
-        raw = file.read_bytes()
-        if not aozora.looks_like_aozora(raw):
+    targets: dict[Path, Path] = {}
+    for file in _texts(source):
+        if not aozora.looks_like_aozora(file.read_bytes()):
             terminal.warn(f"{file} does not look like an Aozora Bunko text; left alone")
             continue
-        target = output / f"{file.stem}.txt"
+        inside = file.relative_to(source) if source.is_dir() else Path(file.name)
+        target = output / inside.with_suffix(".txt")
         if target.exists():
             raise DataError(f"{target} exists already", fix="choose another --output")
-        text = aozora.clean(raw)
+        if target in targets:
+            raise DataError(
+                f"{targets[target]} and {file} would both become {target}", fix="rename one"
+            )
+        targets[target] = file
+    for target, file in targets.items():
+        text = aozora.clean(file.read_bytes())
         atomic_write(target, text)
-        written += 1
         missing = text.count(aozora.MISSING)
         note = f", {missing} characters shown as {aozora.MISSING}" if missing else ""
         terminal.say(
@@ -88,8 +97,22 @@ def clean_data(source: Path, output: Path, terminal: Terminal) -> None:
             characters=len(text),
             missing=missing,
         )
-    if not written:
+    if not targets:
         raise DataError(
             f"no Aozora Bunko text found in {source}",
             fix="give texts as Aozora Bunko publishes them; others need no cleaning",
         )
+
+
+def _texts(source: Path) -> list[Path]:
+    """The text itself, or those of a folder, also beside tables."""
+    if not source.is_dir():
+        return data_files(source)
+    return sorted(
+        p
+        for p in source.rglob("*")
+        if p.is_file()
+        and p.suffix.lower() in SUFFIXES
+        and p.suffix.lower() not in ROW_SUFFIXES
+        and not any(part.startswith(".") for part in p.relative_to(source).parts)
+    )

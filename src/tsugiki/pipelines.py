@@ -140,7 +140,10 @@ def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) 
     spec = ModelSpec.from_folder(resolved.folder, trust_remote_code=config.model.trust_remote_code)
     check_context(config.data.max_length, spec)
     tokenizer = load_tokenizer(resolved, trust_remote_code=config.model.trust_remote_code)
-    chat = ChatFormat.of(tokenizer, config.data.template)
+    chat = ChatFormat.of(tokenizer, config.data.template, config.data.template_date)
+    if chat.date is not None:  # kept with the run: it goes on with the day that it began with
+        dated = config.data.model_copy(update={"template_date": chat.date})
+        config = config.model_copy(update={"data": dated})
     asked = config.model
     if asked.compute == "int8" and config.train.method == "full":
         raise UsageError("--compute int8 is for a frozen base", fix="--method lora")

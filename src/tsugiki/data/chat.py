@@ -7,6 +7,7 @@ the answer's end, and the stop token is always a label. Knows no files and no le
 
 from __future__ import annotations
 
+import datetime
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,18 +15,18 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tsugiki.data.rendering import Watch, check_template
+from tsugiki.data.rendering import CLOCK, Watch, check_template, today, with_date
+from tsugiki.data.repairs import forms
 from tsugiki.data.row import Message, Row, RowProblem
 from tsugiki.data.templates import FALLBACKS
 from tsugiki.errors import DataError
 
 IGNORED = -100
 MARKER = "zxqj"
+DIFFERS = "the template renders the prompt differently once the answer is there"
 NO_CALLS = "this chat format writes no tool calls"
+LEFT_OUT = "the chat template leaves the system turn out"
 TEMPLATE_REFUSES = "the chat template refuses it"
-FOLDED = "system turn put into the first user turn"
-JOINED = "turns of one role joined"
-UNASKED = "opening answer that nothing asked for left out"
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,13 @@ class ChatFormat:
     Args:
         tokenizer: any transformers tokenizer.
         name: "tokenizer" for its own template, else one of `FALLBACKS`.
+        date: what a template prints that prints the day; today when None. `self.date` is None
+            where the template prints none.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, name: str, date: datetime.date | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.name = name
         if name != "tokenizer" and name not in FALLBACKS:
@@ -67,11 +72,15 @@ class ChatFormat:
             )
         self.template = None if name == "tokenizer" else FALLBACKS[name]
         self.repairs: Counter[str] = Counter()
+        self.date: datetime.date | None = None
+        self._left_out: dict[object, bool] = {}  # by the roles of a conversation
         self._watch = Watch()
         if self.template is None:
             own = tokenizer.chat_template
             for source in own.values() if isinstance(own, dict) else [own]:
                 check_template(str(source))
+                if CLOCK in str(source):
+                    self.date = date or today()
         plain = tokenizer("a", add_special_tokens=True)["input_ids"]
         self.bos = tokenizer.bos_token_id
         self.starts_with_bos = self.bos is not None and bool(plain) and plain[0] == self.bos
@@ -92,15 +101,25 @@ class ChatFormat:
         )
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, fallback: str | None = None) -> ChatFormat:
+    def of(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        fallback: str | None = None,
+        date: datetime.date | None = None,
+    ) -> ChatFormat:
         """The tokenizer's own template, or a named fallback (plain when none is named)."""
         if fallback is None and tokenizer.chat_template:
-            return cls(tokenizer, "tokenizer")
+            return cls(tokenizer, "tokenizer", date)
         return cls(tokenizer, fallback or "plain")
 
     def state(self) -> dict[str, Any]:
         """What an adapter folder keeps, so that chat renders what training saw."""
-        return {"format": self.name, "stop_id": self.stop_id, "stop_ids": list(self.stop_ids)}
+        return {
+            "format": self.name,
+            "stop_id": self.stop_id,
+            "stop_ids": list(self.stop_ids),
+            **({} if self.date is None else {"date": self.date.isoformat()}),
+        }
 
     @classmethod
     def from_state(
@@ -109,11 +128,16 @@ class ChatFormat:
         """The format that an adapter was trained with.
 
         Raises:
-            DataError: a format that is not known, or a tokenizer that ends answers otherwise.
+            DataError: a format that is not known, a date that is none, or a tokenizer that ends
+                answers otherwise.
         """
         if not state:
             return cls.of(tokenizer)
-        found = cls(tokenizer, str(state.get("format")))
+        try:
+            date = None if "date" not in state else datetime.date.fromisoformat(str(state["date"]))
+        except ValueError:
+            raise DataError("the chat format's date is none", got=state["date"]) from None
+        found = cls(tokenizer, str(state.get("format")), date)
         if "stop_id" in state and state["stop_id"] != found.stop_id:
             raise DataError(
                 "this tokenizer's chat template ends an answer with another token than in training",
@@ -141,7 +165,7 @@ class ChatFormat:
             return self.tokenizer.apply_chat_template(
                 [m.as_dict() for m in messages],
                 tools=list(tools) if tools else None,
-                chat_template=self.template,
+                chat_template=self._source(tools),
                 tokenize=False,
                 add_generation_prompt=answer_next,
                 starts_with_bos=self.starts_with_bos,
@@ -160,6 +184,13 @@ class ChatFormat:
         if not isinstance(text, str):
             raise RowProblem("the chat template gave no text")
         return text
+
+    def _source(self, tools: Sequence[Any] | None) -> str | None:
+        """The template to render with; None: the tokenizer's own as it is."""
+        if self.date is None:
+            return self.template
+        own = self.tokenizer.get_chat_template(None, list(tools) if tools else None)
+        return with_date(str(own), self.date)
 
     def encode(self, text: str) -> list[int]:
         """Rendered text → ids, no special tokens added."""
@@ -237,28 +268,36 @@ class ChatFormat:
         original = tuple(messages)
         if not original:
             raise RowProblem("no turns")
-        asked = _asked(original)
-        began = () if asked == original else (UNASKED,)
-        folded = _fold_system(asked)
         first: RowProblem | None = None
-        tried: list[tuple[Message, ...]] = []
-        for candidate, names in (
-            (asked, began),
-            (folded, (*began, FOLDED)),
-            (_join_turns(asked), (*began, JOINED)),
-            (_join_turns(folded), (*began, FOLDED, JOINED)),
-        ):
-            if candidate in tried or not candidate:
-                continue
-            tried.append(candidate)
+        for candidate, names in forms(original):
             try:
                 self.render(candidate, answer_next=candidate[-1].role != "assistant", tools=tools)
+                if self._leaves_out(candidate, tools):
+                    raise RowProblem(LEFT_OUT)
             except RowProblem as problem:
                 first = first or problem
                 continue
             yield candidate, names
         if first is not None:
             raise first
+
+    def _leaves_out(self, messages: tuple[Message, ...], tools: Sequence[Any] | None) -> bool:
+        """Whether the template prints less than every system turn; asked once for equal roles."""
+        roles = tuple((m.role, bool(m.content.strip())) for m in messages)
+        if self.template is not None or ("system", True) not in roles:
+            return False
+        if (roles, bool(tools)) not in self._left_out:
+            marks = {i: f"{MARKER}{i}x" for i, role in enumerate(roles) if role == ("system", True)}
+            marked = [
+                replace(m, content=marks[i]) if i in marks else m for i, m in enumerate(messages)
+            ]
+            try:
+                text = self.render(marked, answer_next=roles[-1][0] != "assistant", tools=tools)
+            except RowProblem:
+                return False  # it reads what the turn says; then it will print it too
+            missing = any(mark not in text.lower() for mark in marks.values())
+            self._left_out[roles, bool(tools)] = missing
+        return self._left_out[roles, bool(tools)]
 
     def _answer(self, messages: tuple[Message, ...], index: int, row: Row) -> tuple[list[int], int]:
         """Ids up to and with the stop token of the answer at `index`, and where it begins."""
@@ -268,11 +307,10 @@ class ChatFormat:
         ids = self.encode(upto)
         if ids[: len(prompt)] != prompt:
             if not upto.startswith(before):
-                raise RowProblem(
-                    f"turn {index + 1}: the template renders the prompt differently once "
-                    "the answer is there"
-                )
-            ids = prompt + self.encode(upto[len(before) :])
+                upto = before + self._unopened(messages[: index + 1], before, row.tools)
+                ids = self.encode(upto)
+            if ids[: len(prompt)] != prompt:
+                ids = prompt + self.encode(upto[len(before) :])
         if self.appends_stop:
             ids = [*ids, self.stop_id]
         tail = ids[len(prompt) :]
@@ -283,6 +321,30 @@ class ChatFormat:
             calls = f": {NO_CALLS}" if messages[index].extra else ""
             raise RowProblem(f"turn {index + 1}: the answer has no tokens{calls}")
         return ids[: len(prompt) + end], len(prompt)
+
+    def _unopened(
+        self, messages: tuple[Message, ...], before: str, tools: Sequence[Any] | None
+    ) -> str:
+        """The last answer and what ends it, for a prompt that opens what the template then drops.
+
+        R1's prompt ends with <think>, and its finished turns have none. The answer follows as it
+        is, as chat would send the prompt; a tag that the prompt has opened is not said twice.
+
+        Raises:
+            RowProblem: the two differ by more than how the prompt ends.
+        """
+        answer = messages[-1]
+        marked = (*messages[:-1], replace(answer, content=MARKER))
+        text = self.render(marked, answer_next=False, tools=tools)
+        both = zip(before, text, strict=False)
+        shared = next((i for i, (a, b) in enumerate(both) if a != b), min(len(before), len(text)))
+        opened, rest = before[shared:], text[shared:].lstrip()
+        if not rest.startswith(MARKER) or not answer.content.strip():
+            raise RowProblem(f"turn {len(messages)}: {DIFFERS}")
+        said, tag = answer.content, opened.strip()
+        if tag and said.lstrip().startswith(tag):
+            said = said.lstrip().removeprefix(tag).removeprefix(opened[len(opened.rstrip()) :])
+        return said + rest.removeprefix(MARKER)
 
     def _example(
         self, ids: list[int], spans: list[tuple[int, int]], row: Row, key: str, train_on: str
@@ -328,29 +390,3 @@ def _key(messages: tuple[Message, ...]) -> str:
     """
     first = next(i for i, m in enumerate(messages) if m.role == "assistant")
     return "\x1e".join(f"{m.role}\x1f{m.content}" for m in messages[:first])
-
-
-def _asked(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """From the first turn on that is no answer, if any is left."""
-    asked = next((i for i, m in enumerate(messages) if m.role != "assistant"), 0)
-    return messages[asked:]
-
-
-def _fold_system(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    system = "\n\n".join(m.content for m in messages if m.role == "system")
-    rest = [m for m in messages if m.role != "system"]
-    for i, message in enumerate(rest):
-        if system and message.role == "user":
-            rest[i] = Message("user", f"{system}\n\n{message.content}", message.extra)
-            break
-    return tuple(rest)
-
-
-def _join_turns(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    out: list[Message] = []
-    for message in messages:
-        if out and out[-1].role == message.role and message.role in ("user", "assistant"):
-            out[-1] = Message(message.role, f"{out[-1].content}\n\n{message.content}")
-        else:
-            out.append(message)
-    return tuple(out)

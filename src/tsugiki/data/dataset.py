@@ -11,10 +11,11 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from tsugiki.data.chat import NO_CALLS, TEMPLATE_REFUSES, ChatFormat, Example
+from tsugiki.data.chat import DIFFERS, LEFT_OUT, NO_CALLS, TEMPLATE_REFUSES, ChatFormat, Example
 from tsugiki.data.files import Skipped, reasons
 from tsugiki.data.formats import Rows
 from tsugiki.data.lengths import fit
+from tsugiki.data.rendering import WAY_OUT
 from tsugiki.data.row import RowProblem
 from tsugiki.errors import DataError
 
@@ -180,6 +181,8 @@ def _way_out(skipped: list[Skipped]) -> str:
     """What helps where every row was left out."""
     if all(TEMPLATE_REFUSES in skip.reason for skip in skipped):
         return "mend the base's chat template (chat_template), or take another base"
+    if all(DIFFERS in skip.reason or LEFT_OUT in skip.reason for skip in skipped):
+        return WAY_OUT
     if all(NO_CALLS in skip.reason for skip in skipped):
         return "take a base whose chat template writes tool calls"
     if all("--max-length" in skip.reason for skip in skipped):

@@ -1,4 +1,4 @@
-"""Renders a chat template that may be hostile: refused constructs, and a limit on time.
+"""Renders a chat template that may be hostile: refused constructs, a limit on time, a fixed date.
 
 transformers renders in Jinja's sandbox, which keeps templates from reading attributes and files but
 lets them compute for ever. Knows no conversations: a render is a function without arguments.
@@ -7,6 +7,8 @@ lets them compute for ever. Knows no conversations: a render is a function witho
 from __future__ import annotations
 
 import ctypes
+import datetime
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +24,7 @@ SECONDS = 0.8  # of processor time for one conversation; real templates take mil
 LARGEST_TEMPLATE = 1 << 20  # characters; the longest known to us has 20,000
 LARGEST_NUMBER = 100_000
 IDLE_LOOKS = 20  # looks at nothing after which the watching thread ends
+CLOCK = "strftime_now"  # what transformers gives to templates that print the day
 WAY_OUT = "--template chatml uses a format of ours in place of the tokenizer's template"
 
 
@@ -60,6 +63,34 @@ def _small(node: nodes.Expr) -> bool:
     return not isinstance(
         node, nodes.Mul | nodes.List | nodes.Tuple | nodes.Concat | nodes.Filter | nodes.Add
     ) and not (isinstance(node, nodes.Const) and isinstance(node.value, str))
+
+
+def today() -> datetime.date:
+    """The day by this machine's clock."""
+    return datetime.date.today()
+
+
+@lru_cache(maxsize=32)
+def with_date(source: str, date: datetime.date) -> str:
+    """The template with a clock that stands still at the beginning of a day.
+
+    A macro of the same name hides transformers' function. (transformers 5 takes no functions as
+    variables of a template.) Its line end is one that Jinja drops, so nothing else is printed.
+    """
+    fixed = datetime.datetime(date.year, date.month, date.day)
+    words = {"%%": "\0"}  # a percent sign until the end
+    words |= {f"%{letter}": fixed.strftime(f"%{letter}") for letter in "aAbBcdHIjmMpSUwWxXyYzZ"}
+    words |= {
+        f"%-{letter}": fixed.strftime(f"%{letter}").lstrip("0") or "0" for letter in "dmHIMSj"
+    }
+    words |= {"%e": f"{date.day:2}", "%F": date.isoformat(), "%T": "00:00:00", "%R": "00:00"}
+    words["\0"] = "%"
+    return (
+        f"{{%- macro {CLOCK}(form) -%}}{{%- set out = namespace(text=form) -%}}"
+        f"{{%- for short, long in {json.dumps(words)}.items() -%}}"
+        "{%- set out.text = out.text.replace(short, long) -%}{%- endfor -%}"
+        f"{{{{- out.text -}}}}{{%- endmacro %}}\n{source}"
+    )
 
 
 class Watch:

@@ -88,7 +88,7 @@ def _compare_prompts(
     tokenizer = copy.copy(ours.tokenizer)
     tokenizer.chat_template = template
     try:
-        theirs = ChatFormat(tokenizer, "tokenizer")
+        theirs = ChatFormat(tokenizer, "tokenizer", ours.date)
     except DataError as error:
         line = f"the file's template cannot be used: {str(error).splitlines()[0]}"
         return found(TEMPLATE, "prompts of conversations", [line], len(TALKS), "prompts")
