@@ -203,17 +203,30 @@ class ChatFormat:
             raise RowProblem("no answer to train on")
         if answers[0] == 0:
             raise RowProblem("the conversation begins with an answer: there is no prompt")
+        untrained = [i for i in answers if not messages[i].trained]
+        answers = [i for i in answers if messages[i].trained]
+        if not answers:
+            raise RowProblem("no answer to train on but those of weight 0")
         if train_on == "last":
             answers = answers[-1:]
+        silent = untrained if train_on == "everything" else []
         spans = [self._answer(messages, i, row) for i in answers]
         whole = spans[-1][0]
         key = _key(messages)
         if all(whole[: len(ids)] == ids for ids, _ in spans):
             marks = [(begin, len(ids)) for ids, begin in spans]
-            return [self._example(whole, marks, row, key, train_on)]
+            unlearnt = [self._answer(messages, i, row) for i in silent if i < answers[-1]]
+            return [self._example(whole, marks, row, key, train_on, unlearnt)]
         return [
             replace(
-                self._example(ids, [(begin, len(ids))], row, key, train_on),
+                self._example(
+                    ids,
+                    [(begin, len(ids))],
+                    row,
+                    key,
+                    train_on,
+                    [self._answer(messages, j, row) for j in silent if j < i],
+                ),
                 row=replace(row, messages=messages[: i + 1]),
                 single=True,
             )
@@ -285,12 +298,22 @@ class ChatFormat:
         return ids[: len(prompt) + end], len(prompt)
 
     def _example(
-        self, ids: list[int], spans: list[tuple[int, int]], row: Row, key: str, train_on: str
+        self,
+        ids: list[int],
+        spans: list[tuple[int, int]],
+        row: Row,
+        key: str,
+        train_on: str,
+        unlearnt: list[tuple[list[int], int]],
     ) -> Example:
         if train_on == "everything":
             labels = list(ids)
             if self.starts_with_bos:
                 labels[0] = IGNORED
+            for answer, begin in unlearnt:  # of weight 0
+                if ids[: len(answer)] != answer:
+                    raise RowProblem("an answer of weight 0 cannot be located")
+                labels[begin : len(answer)] = [IGNORED] * (len(answer) - begin)
         else:
             labels = [IGNORED] * len(ids)
             for begin, end in spans:
@@ -349,8 +372,10 @@ def _fold_system(messages: tuple[Message, ...]) -> tuple[Message, ...]:
 def _join_turns(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     out: list[Message] = []
     for message in messages:
-        if out and out[-1].role == message.role and message.role in ("user", "assistant"):
-            out[-1] = Message(message.role, f"{out[-1].content}\n\n{message.content}")
+        alike = out and (out[-1].role, out[-1].trained) == (message.role, message.trained)
+        if alike and message.role in ("user", "assistant"):
+            joined = f"{out[-1].content}\n\n{message.content}"
+            out[-1] = Message(message.role, joined, trained=message.trained)
         else:
             out.append(message)
     return tuple(out)
