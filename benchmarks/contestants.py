@@ -20,7 +20,7 @@ from benchmarks import step as clockwork
 from benchmarks.shapes import SHAPES, Shape, make_config, make_model, products
 from tsugiki.adapters.attach import attach, lora_modules, training_mode
 from tsugiki.config import LoraConfig
-from tsugiki.data.chat import Example
+from tsugiki.data.example import Example
 from tsugiki.device import keep_pages
 from tsugiki.kernels.backend import ON_CPU, compiled_bodies, hold_plain
 from tsugiki.kernels.loss import CHUNK

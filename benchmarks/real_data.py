@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks import record
 from tsugiki.adapters.attach import attach, lora_modules
 from tsugiki.config import RunConfig, build_config
-from tsugiki.data.chat import Example
 from tsugiki.data.dataset import prepare
+from tsugiki.data.example import Example
 from tsugiki.data.formats import read_rows
 from tsugiki.data.loader import Loader
 from tsugiki.pipelines import Session, prepare_session, run_prepared

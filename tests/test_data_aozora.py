@@ -62,6 +62,13 @@ def test_other_texts_are_not_taken_for_aozora() -> None:
         assert not looks_like_aozora(text.encode("cp932", errors="replace"))
 
 
+def test_a_work_without_ruby_and_notes_is_known_by_its_colophon(tmp_path: Path) -> None:
+    raw = ("題\r\n\r\nその人は来た。" + COLOPHON).encode("cp932")
+    assert looks_like_aozora(raw)
+    (tmp_path / "work.txt").write_bytes(raw)
+    assert [row.text for row in read_rows(tmp_path).rows] == ["題\n\nその人は来た。\n"]
+
+
 def test_a_text_in_a_folder_is_recognised_and_cleaned(tmp_path: Path) -> None:
     (tmp_path / "work.txt").write_bytes(whole("下人《げにん》"))
     (tmp_path / "plain.txt").write_text("《名前》", encoding="utf-8")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from tokenizers_for_tests import CHATML, tiny_tokenizer
 
-from tsugiki.data.chat import IGNORED, ChatFormat, Example
+from tsugiki.data.chat import ChatFormat
+from tsugiki.data.example import IGNORED, Example
 from tsugiki.data.lengths import fit
 from tsugiki.data.rendering import Watch, check_template
 from tsugiki.data.repairs import FOLDED, JOINED, UNASKED
@@ -108,6 +109,22 @@ def test_each_answer_is_located_and_ends_with_the_stop_token(
     assert [trained(e, chat) for e in chat.examples(row(*TALK))] == spans
     last = chat.examples(row(*TALK), "last")
     assert [trained(e, chat) for e in last] == [spans[-1][-1:]]
+
+
+@pytest.mark.parametrize("template", ["plainly", "thinking"])
+def test_an_answer_of_weight_0_is_shown_and_not_trained(template: str) -> None:
+    chat = of(template)
+    unsure = Message("assistant", "1", trained=False)
+    (example,) = chat.examples(row(TALK[0], unsure, *TALK[2:]))
+    thought = THOUGHT if template == "thinking" else ""
+    assert trained(example, chat) == [f"{thought}2<|im_end|>"]
+    assert "1<|im_end|>" in chat.tokenizer.decode(example.ids)
+    with pytest.raises(RowProblem, match="weight 0"):
+        chat.examples(row(TALK[0], unsure))
+    if template == "plainly":
+        (example,) = chat.examples(row(TALK[0], unsure, *TALK[2:]), "everything")
+        first, second = trained(example, chat)
+        assert (first[-10:], second[:15]) == ("assistant\n", "\n<|im_start|>us")
 
 
 @pytest.mark.parametrize("template", [*TEMPLATES, *FALLBACKS])

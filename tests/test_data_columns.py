@@ -55,6 +55,12 @@ UNKNOWN: dict[str, tuple[dict[str, object], list[object]]] = {
     "brackets": ({"q": "q", "answer[en]": "a"}, [("user", "q"), ("assistant", "a")]),
     "a class": ({"sentence": "nice", "class": 3}, [("user", "nice"), ("assistant", "3")]),
     "a list": ({"question": "q", "answers": ["a", "b"]}, [("user", "q"), ("assistant", "a")]),
+    "SQuAD": (
+        {"id": "0", "title": "t", "context": "c", "question": "q",
+         "answers": {"text": ["a"], "answer_start": [0]}},
+        [("user", "q\nc"), ("assistant", "a")],
+    ),
+    "a numbered text": ({"id": "0", "story": "once"}, ["once"]),
     "one column": ({"story": "once"}, ["once"]),
 }  # fmt: skip
 
@@ -77,8 +83,24 @@ def test_an_unknown_layout_shows_the_columns_and_flags_that_work(tmp_path: Path,
     assert [(m.role, m.content) for m in found.messages] or [found.text] == wanted
 
 
+def test_a_backslash_n_from_a_shell_is_a_new_line_and_told(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", lines({"q": "x", "a": "y"}))
+    typed = read_rows(path, prompt_template=r"{q}\nA or B?", answer_template="{a}")
+    assert told(typed) == [[("user", "x\nA or B?"), ("assistant", "y")]]
+    assert typed.notes == (r"the two characters \n in the prompt template are read as a new line",)
+    real = read_rows(path, prompt_template="{q}\n\\n", answer_template="{a}")  # LaTeX stays
+    assert (told(real)[0][0], real.notes) == (("user", "x\n\\n"), ())
+
+
 @pytest.mark.parametrize(
-    "row", [{"data": {"question": "q"}}, {"title": "t", "paragraphs": [{}]}, {"{": "q", "}": "a"}]
+    "row",
+    [
+        {"data": {"question": "q"}},
+        {"title": "t", "paragraphs": [{}]},
+        {"{": "q", "}": "a"},
+        {"question": "q", "context": "c", "answers": []},
+        {"id": "7", "turns": [5, "a"], "x": "q"},
+    ],
 )
 def test_no_flags_are_proposed_that_would_not_work(tmp_path: Path, row: dict[str, object]) -> None:
     with pytest.raises(DataError, match="make each row an object with a prompt and") as caught:

@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 from tokenizers_for_tests import CHATML, tiny_tokenizer
 
-from tsugiki.data.chat import IGNORED, ChatFormat, Example
+from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import Prepared, prepare
+from tsugiki.data.example import IGNORED, Example
 from tsugiki.data.files import Skipped
 from tsugiki.data.formats import Rows
 from tsugiki.data.loader import Loader, epoch_order
@@ -162,6 +163,40 @@ def test_every_answer_has_one_example_where_turns_cannot_be_joined() -> None:
         ]
         assert len(answers) == len(set(answers))
         assert answers[-1] == "<t>answer 3<|im_end|>"
+
+
+def test_rows_are_kept_or_skipped_and_each_file_is_counted_alone() -> None:
+    thought = "{{ '<t>' if loop.last and m.role == 'assistant' }}{{ m.content }}"
+    template = CHATML.replace("{{ m.content }}", thought)
+    talk = (Message("user", "q"), Message("assistant", "a " * 200))
+    more = (*talk, Message("user", "r"), Message("assistant", "b"))
+    rows = rows_of(Row(more, None, ""), Row(talk, None, ""), pair("s", "c"))
+    held = rows_of(pair("t", "d"), skipped=(Skipped("held.jsonl:9", "bad"),))
+    found = prepare(rows, chat_of(template), max_length=60, long="skip", eval_rows=held)
+    wanted = {"rows": 3, "kept": 1, "skipped": 2, "left_out": 0}
+    wanted |= {"eval_rows": 2, "eval_kept": 1, "eval_skipped": 1, "eval_left_out": 0}
+    assert {key: found.counts[key] for key in wanted} == wanted
+    short = prepare(rows, chat_of(template), max_length=60, eval_rows=held)
+    wanted |= {"kept": 2, "skipped": 1, "left_out": 1}
+    assert {key: short.counts[key] for key in wanted} == wanted
+    assert [s.source for s in short.skipped] == ["a.jsonl:1", "a.jsonl:2", "held.jsonl:9"]
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(counts_table(short))
+    told = console.export_text()
+    assert "3 read, 2 kept, 1 skipped; of the kept 1 answers left out" in told
+    assert "2 read, 1 kept, 1 skipped" in told
+    console.file.close()
+
+
+def test_thoughts_that_the_template_does_not_write_are_told() -> None:
+    thought = Message("assistant", "a", (("reasoning_content", "so"),))
+    rows = rows_of(Row((Message("user", "q"), thought), None, ""))
+    told = "reasoning_content of 1 rows is not trained: the chat template does not read it"
+    assert told in prepare(rows, chat_of(), max_length=99).notes
+    template = CHATML.replace("{{ m.content }}", "{{ m.reasoning_content }}{{ m.content }}")
+    found = prepare(rows, chat_of(template), max_length=99)
+    assert told not in found.notes
+    assert "⟦soa<|im_end|>⟧" in show(found.train[0], chat_of().tokenizer, plain=True).plain
 
 
 def test_held_out_rows_of_which_none_can_be_used_are_refused() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tsugiki.adapters.attach import attach
 from tsugiki.config import LoraConfig
-from tsugiki.data.chat import Example
+from tsugiki.data.example import Example
 from tsugiki.kernels import attention, backend, flash, loss, lowrank, nf4, products
 from tsugiki.kernels.attention import packed_attention, reference_attention
 from tsugiki.kernels.batch import ForwardBatch

@@ -21,7 +21,7 @@ from tokenizers_for_tests import CHATML, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from tsugiki.adapters.joined import join
-from tsugiki.data.chat import Example
+from tsugiki.data.example import Example
 from tsugiki.errors import DataError, DiskError, RunError
 from tsugiki.exporting.gguf import ExportPlan, plan_export, write_gguf
 from tsugiki.formats.gguf_encode import DIRECT

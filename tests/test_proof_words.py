@@ -14,7 +14,8 @@ from test_exporting_ollama import GEMMA
 from test_merging_forms import our_adapter
 from tokenizers_for_tests import CHATML, tiny_tokenizer
 
-from tsugiki.data.chat import IGNORED, ChatFormat
+from tsugiki.data.chat import ChatFormat
+from tsugiki.data.example import IGNORED
 from tsugiki.data.row import Message, Row
 from tsugiki.exporting.ollama import conversations
 from tsugiki.formats.gguf_file import open_gguf

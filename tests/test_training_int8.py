@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tsugiki import device, files
 from tsugiki.adapters.attach import attach, lora_modules, training_mode
 from tsugiki.config import LoraConfig, build_config, read_yaml
-from tsugiki.data.chat import Example
+from tsugiki.data.example import Example
 from tsugiki.data.loader import Loader
 from tsugiki.device import Decisions, decide
 from tsugiki.errors import Interrupted, RunError, UsageError

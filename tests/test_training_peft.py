@@ -15,7 +15,7 @@ from torch import nn
 from tsugiki.adapters.attach import attach, lora_modules
 from tsugiki.adapters.lora import LoraLinear
 from tsugiki.config import LoraConfig
-from tsugiki.data.chat import Example
+from tsugiki.data.example import Example
 from tsugiki.data.loader import Loader
 from tsugiki.models.flat import use_flat_attention
 from tsugiki.training.simple import train

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from tsugiki.adapters.attach import attach, detach, training_mode
 from tsugiki.config import LoraConfig, RunConfig, build_config, read_yaml
-from tsugiki.data.chat import Example
+from tsugiki.data.example import Example
 from tsugiki.device import Decisions
 from tsugiki.errors import MemoryLimitError, RunError, UsageError
 from tsugiki.fitting import Length, fit_to_memory

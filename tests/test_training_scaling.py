@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tsugiki import device
 from tsugiki.adapters.attach import attach
 from tsugiki.config import LoraConfig
-from tsugiki.data.chat import Example
+from tsugiki.data.example import Example
 from tsugiki.errors import NonFiniteError
 from tsugiki.training import loop, metrics, scaling
 from tsugiki.training.ranks import ranks

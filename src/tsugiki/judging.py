@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from tsugiki.adapters.algebra import Changes
 from tsugiki.adapters.joined import Joined
 from tsugiki.config import RunConfig, build_config
-from tsugiki.data.chat import ChatFormat, Example
+from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import prepare
+from tsugiki.data.example import Example
 from tsugiki.errors import TsugikiError
 from tsugiki.exporting.gguf import ExportPlan
 from tsugiki.exporting.rounded import rounded_tensors

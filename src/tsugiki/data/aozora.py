@@ -11,6 +11,7 @@ import re
 
 RULE = re.compile(r"^-{20,}\s*$", re.MULTILINE)
 COLOPHON = re.compile(r"^\s*底本[：:]", re.MULTILINE)
+MADE = re.compile(r"^(入力|校正|青空文庫作成ファイル)[：:]", re.MULTILINE)  # in a colophon
 RUBY = re.compile(r"《[^《》\n]*》")
 UNICODE_NOTE = re.compile(r"※［＃[^］]*?[Uu]\+([0-9A-Fa-f]{4,6})[^］]*］")
 JIS_NOTE = re.compile(r"※［＃[^］]*?第[34]水準([12])-(\d{1,2})-(\d{1,2})[^］]*］")
@@ -22,13 +23,19 @@ MISSING = "〓"
 
 
 def looks_like_aozora(raw: bytes) -> bool:
-    """Whether a file is one of Aozora Bunko's: ruby or notes, and a header rule or a colophon."""
+    """Whether a file is one of Aozora Bunko's.
+
+    Ruby or notes, and a header rule or a colophon; without marks, a colophon that says who typed.
+    """
     text = _decode(raw[: 1 << 20])
     if text is None:
         return False
     has_marks = "《" in text or "［＃" in text
     tail = text if len(raw) <= 1 << 20 else raw[-4096:].decode("cp932", errors="replace")
-    return has_marks and (_header(text) is not None or bool(COLOPHON.search(tail)))
+    colophon = COLOPHON.search(tail)
+    if colophon is not None and MADE.search(tail, colophon.end()):
+        return True
+    return has_marks and (_header(text) is not None or colophon is not None)
 
 
 def clean(raw: bytes | str) -> str:

@@ -10,45 +10,23 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tsugiki.data.example import IGNORED, Example
 from tsugiki.data.rendering import CLOCK, Watch, check_template, today, with_date
 from tsugiki.data.repairs import forms
 from tsugiki.data.row import Message, Row, RowProblem
 from tsugiki.data.templates import FALLBACKS
 from tsugiki.errors import DataError
 
-IGNORED = -100
 MARKER = "zxqj"
 DIFFERS = "the template renders the prompt differently once the answer is there"
 NO_CALLS = "this chat format writes no tool calls"
 LEFT_OUT = "the chat template leaves the system turn out"
 TEMPLATE_REFUSES = "the chat template refuses it"
-
-
-@dataclass(frozen=True)
-class Example:
-    """What the model sees: ids, and labels of the same length (-100 = not trained).
-
-    key: rows with one key stay on one side of a split. row: what it was made of, for windowing.
-    raw: plain text, which may be split. single: one answer of several, `row` ends with it.
-    """
-
-    ids: tuple[int, ...]
-    labels: tuple[int, ...]
-    source: str
-    key: str = ""
-    row: Row | None = None
-    raw: bool = False
-    single: bool = False
-
-    @property
-    def labelled(self) -> int:
-        """How many tokens are trained."""
-        return sum(label != IGNORED for label in self.labels)
 
 
 class ChatFormat:
@@ -234,17 +212,30 @@ class ChatFormat:
             raise RowProblem("no answer to train on")
         if answers[0] == 0:
             raise RowProblem("the conversation begins with an answer: there is no prompt")
+        untrained = [i for i in answers if not messages[i].trained]
+        answers = [i for i in answers if messages[i].trained]
+        if not answers:
+            raise RowProblem("no answer to train on but those of weight 0")
         if train_on == "last":
             answers = answers[-1:]
+        silent = untrained if train_on == "everything" else []
         spans = [self._answer(messages, i, row) for i in answers]
         whole = spans[-1][0]
         key = _key(messages)
         if all(whole[: len(ids)] == ids for ids, _ in spans):
             marks = [(begin, len(ids)) for ids, begin in spans]
-            return [self._example(whole, marks, row, key, train_on)]
+            unlearnt = [self._answer(messages, i, row) for i in silent if i < answers[-1]]
+            return [self._example(whole, marks, row, key, train_on, unlearnt)]
         return [
             replace(
-                self._example(ids, [(begin, len(ids))], row, key, train_on),
+                self._example(
+                    ids,
+                    [(begin, len(ids))],
+                    row,
+                    key,
+                    train_on,
+                    [self._answer(messages, j, row) for j in silent if j < i],
+                ),
                 row=replace(row, messages=messages[: i + 1]),
                 single=True,
             )
@@ -347,12 +338,22 @@ class ChatFormat:
         return said + rest.removeprefix(MARKER)
 
     def _example(
-        self, ids: list[int], spans: list[tuple[int, int]], row: Row, key: str, train_on: str
+        self,
+        ids: list[int],
+        spans: list[tuple[int, int]],
+        row: Row,
+        key: str,
+        train_on: str,
+        unlearnt: list[tuple[list[int], int]],
     ) -> Example:
         if train_on == "everything":
             labels = list(ids)
             if self.starts_with_bos:
                 labels[0] = IGNORED
+            for answer, begin in unlearnt:  # of weight 0
+                if ids[: len(answer)] != answer:
+                    raise RowProblem("an answer of weight 0 cannot be located")
+                labels[begin : len(answer)] = [IGNORED] * (len(answer) - begin)
         else:
             labels = [IGNORED] * len(ids)
             for begin, end in spans:

@@ -24,17 +24,31 @@ ANSWERING = (
     "translation", "chosen", "回答", "答え", "応答", "出力",
 )  # fmt: skip
 CLASSES = ("label", "class", "category", "score", "rating")  # answers that are numbers
-FIELD = re.compile(r"\{([^{}\[\]]+)(?:\[([^\[\]]+)\])?\}")
+CONTEXT = ("context", "passage", "文脈")  # what a question is about: never the answer
+NUMBERING = re.compile(
+    r"(.*[_\- ])?(id|ids|uuid|guid|idx|index|no|number)|q_?id|番号|.*[a-z]Id", re.I
+)
+FIELD = re.compile(r"\{([^{}\[\]]+)((?:\[[^\[\]]+\])*)\}")
+INDEX = re.compile(r"\[([^\[\]]+)\]")
 
 
 @dataclass(frozen=True)
 class Given:
-    """Templates of what a row becomes: prompt and answer (and system), or raw text."""
+    """Templates of what a row becomes: prompt and answer (and system), or raw text.
+
+    notes: what was read otherwise than it was typed.
+    """
 
     prompt: str = ""
     answer: str = ""
     system: str = ""
     text: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> str:
+        """All templates, one after the other."""
+        return self.prompt + self.answer + self.system + self.text
 
     def row(self, record: Record) -> Row:
         """Fill the templates; raises RowProblem."""
@@ -44,10 +58,20 @@ class Given:
         system = fill(self.system, value) if self.system else None
         return pair(fill(self.prompt, value), fill(self.answer, value), system, record.source)
 
+    def used(self, value: Mapping[str, Any]) -> set[str]:
+        """The columns that the templates read, with those that an index may choose among."""
+        found: set[str] = set()
+        for name, indices in FIELD.findall(self.whole):
+            found |= {name.strip(), (name + indices).strip()}
+            found |= {index.strip() for index in INDEX.findall(indices)}
+            if indices and name.strip() not in value:
+                found |= {str(key) for key in value if str(key).startswith(name.strip())}
+        return found
+
     def refuse_misspelt(self, path: Path, value: Mapping[str, Any]) -> None:
         """Raises DataError: a column that is named here, and the rows do not have."""
-        for name, index in FIELD.findall(self.prompt + self.answer + self.system + self.text):
-            if not index and name.strip() not in value:
+        for name, indices in FIELD.findall(self.whole):
+            if not indices and name.strip() not in value:
                 near = did_you_mean(name.strip(), [str(key) for key in value])
                 raise DataError(
                     f"{path}: the rows have no column {name.strip()!r}",
@@ -69,6 +93,11 @@ def given_templates(
     templates |= {k: v for k, v in (("prompt", prompt), ("answer", answer)) if v is not None}
     if not templates:
         return None
+    notes = []
+    for role, template in templates.items():  # as a shell hands it over
+        if "\\n" in template and "\n" not in template:
+            templates[role] = template.replace("\\n", "\n")
+            notes.append(f"the two characters \\n in the {role} template are read as a new line")
     if "text" in templates and len(templates) > 1:
         raise DataError(
             "raw text has no prompt, answer or system",
@@ -88,61 +117,86 @@ def given_templates(
                 got=template,
                 fix=f"put the name of a column in braces: --{role}-template '{{question}}'",
             )
-    return Given(**templates)
+    return Given(**templates, notes=tuple(notes))
 
 
 def fill(template: str, value: Mapping[str, Any]) -> str:
     """A text with {column} and {list[index]} replaced; the index may be a number or a column.
 
-    Where there is no column `list`, `list` + index names the column: with choice0 … choice4 and
-    label, `{choice[label]}` is the right choice.
+    Indices follow one another, as in {answers[text][0]}. Where there is no column `list`, `list` +
+    index names the column: with choice0 … choice4 and label, `{choice[label]}` is the right choice.
 
     Raises:
         RowProblem: a column that is not there, an index outside.
     """
 
     def one(match: re.Match[str]) -> str:
-        name, index = match.group(1).strip(), match.group(2)
+        name, indices = match.group(1).strip(), INDEX.findall(match.group(2))
         whole = match.group(0)[1:-1].strip()
-        if index is None or whole in value:
+        if not indices or whole in value:
             return text_of(value, whole)
-        key = value.get(index.strip(), index.strip())
-        if name in value:
-            holder = value[name]
+        keys = [value.get(index.strip(), index.strip()) for index in indices]
+        if name not in value and len(keys) == 1:
+            return text_of(value, f"{name}{keys[0]}")
+        found, said = value.get(name), name
+        for key in keys:
+            said = f"{said}[{key}]"
             try:
-                found = holder[key] if isinstance(holder, dict) else holder[int(key)]
+                found = found[key] if isinstance(found, dict) else found[int(key)]  # type: ignore[index]
             except (KeyError, IndexError, ValueError, TypeError):
-                raise RowProblem(f"{name}[{key}] is not there") from None
-            return text_of({name: found}, name)
-        return text_of(value, f"{name}{key}")
+                raise RowProblem(f"{said} is not there") from None
+        return text_of({name: found}, name)
 
     return FIELD.sub(one, template)
 
 
 def propose(value: Mapping[str, Any]) -> tuple[str, ...]:
     """Flags that read a row of unknown layout, by what its columns are called; () where none do."""
-    plain = [str(k) for k, v in value.items() if type(v) in (str, int, float)]
-    texts = [k for k in plain if isinstance(value[k], str)]
+    named = {str(k): v for k, v in value.items() if not is_numbering(str(k))}
+    plain = [k for k, v in named.items() if type(v) in (str, int, float)]
+    texts = [k for k in plain if isinstance(named[k], str)]
     if not texts:
         return ()
     prompt = _near(texts, ASKING) or texts[0]
-    plain, rest = [k for k in plain if k != prompt], [k for k in texts if k != prompt]
-    lists = [str(k) for k, v in value.items() if isinstance(v, list) and v and type(v[0]) is str]
+    plain = [k for k in plain if k != prompt and not _near([k], CONTEXT)]
+    rest = [k for k in texts if k in plain]
+    held = _held(named)
     answer = (
         _indexed(value, plain)
         or _near(rest, ANSWERING)
+        or _near(held, ANSWERING)
         or (rest[-1] if rest else None)
         or _near(plain, CLASSES)
-        or next((f"{name}[0]" for name in lists), None)
+        or (held[0] if held else None)
     )
-    if answer is None and len(value) > 1:
+    if answer is None and len(named) > 1:
         return ()  # the other columns hold what no flag names
-    named = f"text={prompt}" if answer is None else f"prompt={prompt},answer={answer}"
-    if not set("{},=") & set(prompt + (answer or "")):
-        return "--columns", named
-    if answer is None or set("{}") & set(prompt + answer):
+    more = [k for k in texts if k not in (prompt, answer) and _near([k], (*CONTEXT, "input"))]
+    if not set("{},=") & set(prompt + (answer or "")) and not more:
+        roles = f"text={prompt}" if answer is None else f"prompt={prompt},answer={answer}"
+        return "--columns", roles
+    if answer is None or set("{}") & set("".join((prompt, answer, *more))):
         return ()
-    return "--prompt-template", f"{{{prompt}}}", "--answer-template", f"{{{answer}}}"
+    asked = "\\n".join(f"{{{name}}}" for name in (prompt, *more))
+    return "--prompt-template", asked, "--answer-template", f"{{{answer}}}"
+
+
+def is_numbering(name: str) -> bool:
+    """Whether a column's name says that it numbers the rows."""
+    return NUMBERING.fullmatch(name) is not None
+
+
+def _held(value: Mapping[str, Any]) -> list[str]:
+    """Texts inside of columns: list[0], object[text], object[text][0]."""
+    found = []
+    for name, column in value.items():
+        inner = {f"{name}[{key}]": v for key, v in column.items()} if type(column) is dict else {}
+        for place, held in (inner or {name: column}).items():
+            if isinstance(held, list) and held and type(held[0]) is str:
+                found.append(f"{place}[0]")
+            elif inner and type(held) is str:
+                found.append(place)
+    return found
 
 
 def _indexed(value: Mapping[str, Any], plain: list[str]) -> str | None:

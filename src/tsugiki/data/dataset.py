@@ -11,12 +11,14 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from tsugiki.data.chat import DIFFERS, LEFT_OUT, NO_CALLS, TEMPLATE_REFUSES, ChatFormat, Example
+from tsugiki.data.chat import DIFFERS, LEFT_OUT, NO_CALLS, TEMPLATE_REFUSES, ChatFormat
+from tsugiki.data.example import Example
 from tsugiki.data.files import Skipped, reasons
 from tsugiki.data.formats import Rows
 from tsugiki.data.lengths import fit
 from tsugiki.data.rendering import WAY_OUT
 from tsugiki.data.row import RowProblem
+from tsugiki.data.turns import THOUGHTS
 from tsugiki.errors import DataError
 
 FEWEST_TO_SPLIT = 20
@@ -29,8 +31,9 @@ DEFAULT_RATIO = 0.1
 class Prepared:
     """What training reads.
 
-    counts: rows, kept, skipped, duplicates, examples, tokens, labelled tokens, what was done to
-    long rows and by which repairs. fingerprint: SHA-256 over the ids and labels in order.
+    counts: rows = kept + skipped (with eval_ before them: those of a file of its own), left_out of
+    kept rows (answers that did not fit), duplicates, examples, tokens, labelled tokens, what was
+    done to long rows and by which repairs. fingerprint: SHA-256 over the ids and labels in order.
     """
 
     train: tuple[Example, ...]
@@ -73,16 +76,16 @@ def prepare(
     chat.repairs.clear()
     kept = _examples(rows, chat, max_length, long, train_on, skipped, done, strict)
     repairs = dict(chat.repairs)
+    held_skips = list(eval_rows.skipped) if eval_rows is not None else []
     if eval_rows is not None:
         ignored: Counter[str] = Counter()
-        extra_skips = list(eval_rows.skipped)
-        held = _examples(eval_rows, chat, max_length, long, train_on, extra_skips, ignored, strict)
-        skipped += extra_skips
+        notes += [f"--eval-data: {note}" for note in eval_rows.notes if note not in notes]
+        held = _examples(eval_rows, chat, max_length, long, train_on, held_skips, ignored, strict)
         train = kept
         if not held:
             raise DataError(
                 "no row of --eval-data can be used",
-                got=reasons(extra_skips) or "no rows",
+                got=reasons(held_skips) or "no rows",
                 fix="mend these rows, or leave --eval-data out: then a tenth is held out",
             )
         shared = {e.key for e in held} & {e.key for e in train}
@@ -96,6 +99,7 @@ def prepare(
             got=reasons(skipped) or "no rows",
             fix=_way_out(skipped),
         )
+    notes += _unwritten(rows, chat)
     twins = _twins(kept)
     if twins:
         named = "; ".join(f"{second} repeats {first}" for first, second in twins[:NAMED_TWINS])
@@ -103,21 +107,20 @@ def prepare(
         count = "1 duplicate, kept" if len(twins) == 1 else f"{len(twins)} duplicates, all kept"
         notes.append(f"{count}: {named}{more}")
     counts = {
-        "rows": rows.seen,
-        "kept": len({e.source for e in kept}),
-        "skipped": len({s.source for s in skipped}),
+        **_counted(rows, kept, skipped),
         "duplicates": len(twins),
         "train": len(train),
         "held_out": len(held),
         "tokens": sum(len(e.ids) for e in train),
         "labelled": sum(e.labelled for e in train),
+        **(_counted(eval_rows, held, held_skips, "eval_") if eval_rows is not None else {}),
         **{f"long: {name}": n for name, n in done.items()},
         **{f"repair: {name}": n for name, n in repairs.items()},
     }
     return Prepared(
         tuple(train),
         tuple(held),
-        tuple(skipped),
+        (*skipped, *held_skips),
         counts,
         rows.layout,
         chat.name,
@@ -188,6 +191,32 @@ def _way_out(skipped: list[Skipped]) -> str:
     if all("--max-length" in skip.reason for skip in skipped):
         return "a larger --max-length (up to the base's context), or shorter rows"
     return "mend these rows, or give others"
+
+
+def _counted(
+    rows: Rows, kept: list[Example], skipped: list[Skipped], prefix: str = ""
+) -> dict[str, int]:
+    """Rows of one file: read, kept with any example, skipped whole; examples left out of kept."""
+    sources = {example.source for example in kept}
+    whole = {skip.source for skip in skipped} - sources
+    left = sum(skip.source in sources for skip in skipped)
+    found = {"rows": rows.seen, "kept": len(sources), "skipped": len(whole), "left_out": left}
+    return {prefix + name: count for name, count in found.items()}
+
+
+def _unwritten(rows: Rows, chat: ChatFormat) -> list[str]:
+    """Thoughts that the rows hold and the chat template does not write."""
+    template = str(chat.template or chat.tokenizer.chat_template)
+    held = Counter(
+        key
+        for row in rows.rows
+        for key in {key for message in row.messages for key, _ in message.extra}
+        if key in THOUGHTS and key not in template
+    )
+    return [
+        f"{key} of {count:,} rows is not trained: the chat template does not read it"
+        for key, count in held.items()
+    ]
 
 
 def _twins(kept: list[Example]) -> list[tuple[str, str]]:

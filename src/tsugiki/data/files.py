@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tsugiki.data import aozora
+from tsugiki.data import aozora, tables
 from tsugiki.data.unreadable import refuse_packed, to_utf8
 from tsugiki.errors import DataError
 
@@ -24,6 +24,7 @@ NOT_UTF8 = "not valid UTF-8"
 SHOWN_REASONS = 3
 WHOLE_LIMIT = 1 << 30  # bytes of a file that is read as one value under the name of lines
 LINE_LIMIT = 32 << 20  # bytes of one line or cell; longer ones are skipped unread
+HOLDERS = ("data", "rows", "train", "conversations")  # names of the list of rows in one object
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -43,7 +44,14 @@ class Skipped:
     reason: str
 
 
-def read_records(path: Path) -> Iterator[Record | Skipped]:
+@dataclass(frozen=True)
+class Note:
+    """What a user should know of the file as a whole."""
+
+    text: str
+
+
+def read_records(path: Path) -> Iterator[Record | Skipped | Note]:
     """Every row of one file, in order.
 
     Raises:
@@ -139,7 +147,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
             yield number + 1, None if overlong else rest
 
 
-def _jsonl(path: Path) -> Iterator[Record | Skipped]:
+def _jsonl(path: Path) -> Iterator[Record | Skipped | Note]:
     if _is_one_list(path):  # one JSON value under the other name
         yield from _json(path)
         return
@@ -186,7 +194,7 @@ def _record(value: Any, source: str) -> Record | Skipped:
     return Skipped(source, f"a row must be an object, this is {_kind(value)}")
 
 
-def _json(path: Path) -> Iterator[Record | Skipped]:
+def _json(path: Path) -> Iterator[Record | Skipped | Note]:
     raw = path.read_bytes()
     try:
         value = parse(decode(raw))
@@ -199,9 +207,12 @@ def _json(path: Path) -> Iterator[Record | Skipped]:
             return
         raise DataError(f"{path}: {error}", fix="mend the file: it is read as one value") from None
     if isinstance(value, dict):
-        holders = ("data", "rows", "train", "conversations")
-        inner = next((value[key] for key in holders if isinstance(value.get(key), list)), None)
-        value = [value] if inner is None or "messages" in value else inner
+        holder = next((key for key in HOLDERS if isinstance(value.get(key), list)), None)
+        if holder is None or "messages" in value or _is_dialogue(value[holder]):
+            value = [value]
+        else:
+            yield from _other_lists(path, value, holder)
+            value = value[holder]
     if not isinstance(value, list):
         raise DataError(f"{path} must hold a list of rows", got=_kind(value))
     if value and all(isinstance(row, list) and not _is_dialogue(row) for row in value):
@@ -210,7 +221,22 @@ def _json(path: Path) -> Iterator[Record | Skipped]:
             fix='make each row an object, e.g. {"prompt": …, "answer": …}',
         )
     for number, row in enumerate(value, 1):
-        yield _record(row, f"{path}:{number}")
+        yield _record(row, f"{path} row {number}")
+
+
+def _other_lists(path: Path, value: dict[str, Any], holder: str) -> Iterator[Note]:
+    """Names lists of rows that stand beside the one that is read."""
+    others = [
+        key
+        for key, held in value.items()
+        if key != holder and isinstance(held, list) and held and isinstance(held[0], dict)
+    ]
+    if others:
+        named = ", ".join(repr(key[:40]) for key in others[:4])
+        yield Note(
+            f"{path}: only {holder!r} is read, not {named}; "
+            "save held-out rows as a file of their own and give it with --eval-data"
+        )
 
 
 def _is_object(line: bytes) -> bool:
@@ -241,48 +267,45 @@ def _table(path: Path, delimiter: str) -> Iterator[Record | Skipped]:
     bad: dict[int, str] = {}  # line → why it cannot be read
     csv.field_size_limit(LINE_LIMIT)
     lines = _table_lines(path, bad)
-    head = next(lines, "")
+    first, head = next(lines, (1, ""))
     if delimiter not in head:  # as Excel writes it where the comma is the decimal point
         delimiter = next((mark for mark in ";\t," if mark in head), delimiter)
-    reader = csv.reader(itertools.chain([head], lines), delimiter=delimiter, strict=True)
     names: list[str] | None = None
-    while True:
-        begin = reader.line_num + 1
-        source = f"{path}:{begin}"
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            if names is None:
-                raise DataError(f"{source}: not readable as a table: {error}") from None
-            yield Skipped(source, f"not readable as a table: {error}")
-            continue
-        if cells is None:
-            return
-        reasons = [bad[n] for n in range(begin, reader.line_num + 1) if n in bad]
-        if names is None:
-            if reasons:
-                raise DataError(f"{source}: {reasons[0]}", fix=to_utf8(path))
-            names = [name.strip() for name in cells]
-            if len(names) > 1 and not names[0]:  # as pandas writes the numbers of the rows
-                names[0] = "index"
-            if not all(names) or len(set(names)) < len(names):
-                raise DataError(
-                    f"{source}: the first line must name every column, each once",
-                    got=", ".join(name[:40] or "(empty)" for name in names[:12]) or "nothing",
-                    fix="name the columns in the first line",
-                )
-        elif reasons:
-            yield Skipped(source, reasons[0])
-        elif not any(cell.strip() for cell in cells):
-            continue
-        elif len(cells) != len(names):
-            yield Skipped(source, f"{len(cells)} cells under {len(names)} columns")
-        else:
-            yield Record(dict(zip(names, cells, strict=True)), source)
+    try:
+        for record in tables.split(itertools.chain([(first, head)], lines), delimiter):
+            source = f"{path}:{record.begin}"
+            unread = (bad[n] for n in range(record.begin, record.end + 1) if n in bad)
+            reason = next(unread, record.problem)
+            blank = not any(cell.strip() for cell in record.cells)
+            if names is None and (reason or not blank):
+                names = _column_names(record.cells, reason, source, path)
+            elif reason:
+                yield Skipped(source, reason)
+            elif names is not None and not blank:
+                yield Record(dict(zip(names, record.cells, strict=True)), source)
+    except tables.QuotesNeverPair:
+        raise DataError(f"{path}: its quotes do not pair", fix="write it anew as CSV") from None
 
 
-def _table_lines(path: Path, bad: dict[int, str]) -> Iterator[str]:
-    """Lines for the table reader; one that cannot be read becomes empty and is noted in `bad`."""
+def _column_names(cells: list[str], problem: str | None, source: str, path: Path) -> list[str]:
+    """The names in the first line; raises DataError where it cannot name the columns."""
+    if problem is not None:
+        fix = to_utf8(path) if NOT_UTF8 in problem else "mend the first line"
+        raise DataError(f"{source}: {problem}", fix=fix)
+    names = [name.strip() for name in cells]
+    if len(names) > 1 and not names[0]:  # as pandas writes the numbers of the rows
+        names[0] = "index"
+    if not all(names) or len(set(names)) < len(names):
+        raise DataError(
+            f"{source}: the first line must name every column, each once",
+            got=", ".join(name[:40] or "(empty)" for name in names[:12]) or "nothing",
+            fix="name the columns in the first line",
+        )
+    return names
+
+
+def _table_lines(path: Path, bad: dict[int, str]) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a table; one that cannot be read becomes empty and is noted in `bad`."""
     for number, raw in _lines(path):
         text = ""
         if raw is None:
@@ -292,7 +315,7 @@ def _table_lines(path: Path, bad: dict[int, str]) -> Iterator[str]:
                 text = decode(raw) if number == 1 else raw.decode()
             except UnicodeDecodeError as error:
                 bad[number] = f"{NOT_UTF8} (byte {error.start + 1})"
-        yield text + "\n"
+        yield number, text + "\n"
 
 
 def _parquet(path: Path) -> Iterator[Record | Skipped]:
@@ -309,7 +332,7 @@ def _parquet(path: Path) -> Iterator[Record | Skipped]:
             for row in batch.to_pylist():
                 number += 1
                 yield Record(
-                    {k: None if _is_nan(v) else v for k, v in row.items()}, f"{path}:{number}"
+                    {k: None if _is_nan(v) else v for k, v in row.items()}, f"{path} row {number}"
                 )
     except Exception as error:
         if isinstance(error, OSError | ValueError) or type(error).__module__.startswith("pyarrow"):

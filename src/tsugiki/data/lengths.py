@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tsugiki.data.chat import IGNORED, ChatFormat, Example
+from tsugiki.data.chat import ChatFormat
+from tsugiki.data.example import IGNORED, Example
 from tsugiki.data.files import Skipped
 from tsugiki.data.row import Message, Row, RowProblem
 

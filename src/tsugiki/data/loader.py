@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tsugiki.data.chat import Example
+from tsugiki.data.example import Example
 from tsugiki.errors import RunError
 
 

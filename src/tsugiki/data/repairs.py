@@ -55,8 +55,10 @@ def _fold_system(messages: Messages) -> Messages:
 def _join_turns(messages: Messages) -> Messages:
     out: list[Message] = []
     for message in messages:
-        if out and out[-1].role == message.role and message.role in ("user", "assistant"):
-            out[-1] = Message(message.role, f"{out[-1].content}\n\n{message.content}")
+        alike = out and (out[-1].role, out[-1].trained) == (message.role, message.trained)
+        if alike and message.role in ("user", "assistant"):
+            joined = f"{out[-1].content}\n\n{message.content}"
+            out[-1] = Message(message.role, joined, trained=message.trained)
         else:
             out.append(message)
     return tuple(out)

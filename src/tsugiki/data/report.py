@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from tsugiki.data.chat import IGNORED, Example
 from tsugiki.data.dataset import Prepared
+from tsugiki.data.example import IGNORED, Example
 
 MOST_SHOWN = 400  # tokens; the middle of a longer example is left out
 
@@ -50,9 +50,9 @@ def counts_table(prepared: Prepared) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     counts = prepared.counts
     table.add_row("layout", f"{prepared.layout}, rendered as {prepared.chat}")
-    table.add_row(
-        "rows", f"{counts['rows']:,} read, {counts['kept']:,} kept, {counts['skipped']:,} skipped"
-    )
+    table.add_row("rows", _rows(counts, ""))
+    if "eval_rows" in counts:
+        table.add_row("held-out rows", _rows(counts, "eval_"))
     table.add_row("examples", f"{counts['train']:,} to train, {counts['held_out']:,} held out")
     share = 100 * counts["labelled"] / max(1, counts["tokens"])
     table.add_row(
@@ -63,5 +63,13 @@ def counts_table(prepared: Prepared) -> Table:
         if ":" in name and count:
             table.add_row(name.split(": ")[0], f"{count:,} × {name.split(': ')[1]}")
     for note in prepared.notes:
-        table.add_row("note", note)
+        table.add_row("note", Text(note))
     return table
+
+
+def _rows(counts: dict[str, int], prefix: str) -> str:
+    rows, kept, skipped, left = (
+        counts[prefix + name] for name in ("rows", "kept", "skipped", "left_out")
+    )
+    said = f"{rows:,} read, {kept:,} kept, {skipped:,} skipped"
+    return f"{said}; of the kept {left:,} answers left out" if left else said

@@ -12,11 +12,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; `extra` keeps tool calls and the like for the template."""
+    """One turn; `extra` keeps tool calls and the like for the template.
+
+    trained: false for an answer of weight 0, which is shown and not learnt.
+    """
 
     role: str
     content: str
     extra: tuple[tuple[str, Any], ...] = ()
+    trained: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """As chat templates take it."""
@@ -45,14 +49,29 @@ def raw_text(text: str, source: str) -> Row:
     return Row((), text, source)
 
 
-def pair(prompt: str, answer: str, system: Any, source: str) -> Row:
-    """One question and its answer; raises RowProblem where either is empty."""
-    messages = [Message("user", prompt), Message("assistant", answer_of(answer))]
-    if isinstance(system, str) and system:
-        messages.insert(0, Message("system", system))
-    if not prompt.strip():
+def pair(
+    prompt: str,
+    answer: str,
+    system: Any,
+    source: str,
+    *,
+    more: str = "",
+    history: tuple[Message, ...] = (),
+    instruction: bool = False,
+) -> Row:
+    """One question and its answer; raises RowProblem where either is empty.
+
+    Args:
+        more: what the question is about; follows it, and is kept apart for templates and windows.
+        history: earlier turns.
+    """
+    asked = f"{prompt}\n{more}" if more else prompt
+    if not asked.strip():
         raise RowProblem("the prompt is empty")
-    return Row(tuple(messages), None, source)
+    kept = (("instruction", prompt), ("input", more)) if more or instruction else ()
+    first = (Message("system", system),) if isinstance(system, str) and system else ()
+    messages = (Message("user", asked, kept), Message("assistant", answer_of(answer)))
+    return Row((*first, *history, *messages), None, source, instruction=instruction)
 
 
 def answer_of(text: str) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tsugiki.adapters.attach import training_mode
-from tsugiki.data.chat import Example
+from tsugiki.data.example import Example
 from tsugiki.data.loader import Loader
 from tsugiki.errors import RunError
 from tsugiki.memory import proof_tokens

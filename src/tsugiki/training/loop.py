@@ -21,8 +21,9 @@ from torch import Tensor
 
 from tsugiki.adapters.attach import attach, training_mode
 from tsugiki.config import RunConfig
-from tsugiki.data.chat import ChatFormat, Example
+from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import Prepared
+from tsugiki.data.example import Example
 from tsugiki.data.loader import Loader
 from tsugiki.device import Decisions
 from tsugiki.errors import Interrupted, RunError

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tsugiki.adapters.attach import training_mode
-from tsugiki.data.chat import IGNORED, Example
+from tsugiki.data.example import IGNORED, Example
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.memory import EVAL_TOKENS
 from tsugiki.models.flat import flat_loss, logits_loss

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from tsugiki.adapters.attach import lora_modules, training_mode
 from tsugiki.config import build_config
-from tsugiki.data.chat import IGNORED, Example
+from tsugiki.data.example import IGNORED, Example
 from tsugiki.data.loader import Loader
 from tsugiki.errors import AdapterError, DataError, UsageError
 from tsugiki.kernels.batch import ForwardBatch

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsugiki.data.chat import IGNORED, Example
+from tsugiki.data.example import IGNORED, Example
 from tsugiki.errors import NonFiniteError, UsageError
 from tsugiki.training.ranks import Ranks
 from tsugiki.training.scaling import LossScale

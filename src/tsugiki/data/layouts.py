@@ -1,0 +1,146 @@
+"""Layouts of rows: which one a record has, and how it becomes a conversation or a text.
+
+Knows one record at a time; no files, no templates and no tokenizer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tsugiki.data.files import Record, parse
+from tsugiki.data.row import Message, Row, RowProblem, column_names, pair, raw_text, text_of
+from tsugiki.data.turns import conversation, earlier, holds
+
+PAIRS: dict[str, tuple[str, str]] = {
+    "alpaca": ("instruction", "output"),
+    "prompt/completion": ("prompt", "completion"),
+    "prompt/response": ("prompt", "response"),
+    "prompt/answer": ("prompt", "answer"),
+    "question/answer": ("question", "answer"),
+    "instruction/response": ("instruction", "response"),
+    "input/output": ("input", "output"),
+}
+LISTS = {"messages": "messages", "sharegpt": "conversations"}
+MORE = ("input", "context")  # columns that belong to the question and follow it
+OBJECTS = re.compile(r"\s*\[\s*\{")  # a list of objects or of lists as JSON text
+PAIRED = re.compile(r"\s*\[\s*\[")
+
+
+def detect(value: Mapping[str, Any]) -> str | None:
+    """The layout of one record by its columns, or None."""
+    for name, column in LISTS.items():
+        held = value.get(column)
+        if isinstance(held, list) or (isinstance(held, str) and OBJECTS.match(held)):
+            return name
+    for name, (prompt, answer) in PAIRS.items():
+        if prompt in value and answer in value:
+            return name
+    return "text" if "text" in value else None
+
+
+def by_layout(record: Record, layout: str) -> tuple[Row, tuple[str, ...]]:
+    """The row, and the columns it is made of: prompt and what joins it first, then the answer.
+
+    Raises:
+        RowProblem: a column is missing, empty or of another kind.
+    """
+    value = record.value
+    if layout in LISTS:
+        return _listed(record, layout)
+    if layout == "text":
+        if not isinstance(value.get("text"), str | None):
+            raise RowProblem("the column 'text' is not a text")
+        return raw_text(text_of(value, "text"), record.source), ("text",)
+    prompt, answer = PAIRS[layout]
+    asked = value.get(prompt)
+    if isinstance(asked, list) and all(isinstance(turn, dict) for turn in asked):
+        answered = value.get(answer)  # prompts and completions given as turns
+        if not isinstance(answered, list):
+            raise RowProblem("the prompt is a list of turns and the answer is not")
+        row = Row(conversation([*asked, *answered]), None, record.source)
+        return row, (prompt, answer)
+    more = _more(value, prompt)
+    history = _history(value)
+    row = pair(
+        text_of(value, prompt),
+        text_of(value, answer),
+        value.get("system"),
+        record.source,
+        more="\n".join(text_of(value, name) for name in more),
+        history=history,
+        instruction=prompt == "instruction",
+    )
+    optional = ("system",) if isinstance(value.get("system"), str) else ()
+    return row, (prompt, *more, answer, *optional, *(("history",) if history else ()))
+
+
+def shown(layout: str, used: set[str]) -> str:
+    """The layout's name with the columns that joined it, e.g. question + context/answer."""
+    prompt, answer = PAIRS.get(layout, ("", ""))
+    own = {prompt, answer} | ({"input"} if layout == "alpaca" else set())
+    joined = [name for name in (*MORE, "history") if name in used - own]
+    if layout not in PAIRS or not joined:
+        return layout
+    if layout == "alpaca":
+        return " + ".join((layout, *joined))
+    return " + ".join((prompt, *joined)) + f"/{answer}"
+
+
+def turns_of(value: Mapping[str, Any], layout: str) -> list[Any]:
+    """The list of turns of a record, given as such or as JSON text; raises RowProblem."""
+    key = LISTS[layout]
+    found = _parsed(value, key, OBJECTS)
+    if not isinstance(found, list):
+        raise RowProblem(f"no list {key!r}, as the rows before it have ({column_names(value)})")
+    return found
+
+
+def _listed(record: Record, layout: str) -> tuple[Row, tuple[str, ...]]:
+    value = record.value
+    messages = conversation(turns_of(value, layout))
+    used = [LISTS[layout], "tools"]
+    if layout == "sharegpt" and isinstance(value.get("system"), str):
+        used.append("system")
+        if value["system"]:
+            messages = (Message("system", value["system"]), *messages)
+    tools = _parsed(value, "tools", re.compile(r"\s*\S"))  # as text in some data sets
+    if not isinstance(tools, list):
+        return Row(messages, None, record.source), tuple(used)
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise RowProblem("the column 'tools' is not a list of objects")
+    return Row(messages, None, record.source, tuple(tools)), tuple(used)
+
+
+def _parsed(value: Mapping[str, Any], name: str, like: re.Pattern[str]) -> Any:
+    """A column, read as JSON where it is a text that looks `like` it; raises RowProblem."""
+    found = value.get(name)
+    if not isinstance(found, str) or not like.match(found):
+        return found
+    try:
+        return parse(found)
+    except ValueError as error:
+        raise RowProblem(f"the column {name!r} is {error}") from None
+
+
+def _more(value: Mapping[str, Any], prompt: str) -> list[str]:
+    """Columns that join the question. A context that is no text, as a list, is left out."""
+    plain = (str, int, float)
+    return [
+        name
+        for name in MORE
+        if name != prompt
+        and holds(value.get(name))
+        and (name == "input" or type(value[name]) in plain)
+    ]
+
+
+def _history(value: Mapping[str, Any]) -> tuple[Message, ...]:
+    """Earlier turns as LLaMA-Factory's pairs or as objects; () where the column is neither."""
+    found = _parsed(value, "history", PAIRED)
+    if not isinstance(found, list) or not found:
+        return ()
+    if all(isinstance(turn, dict) for turn in found):
+        return conversation(found)
+    return earlier(found) if any(isinstance(turn, list) for turn in found) else ()

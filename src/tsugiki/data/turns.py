@@ -1,0 +1,124 @@
+"""One turn of a conversation as people store it → a message, and which answers are trained.
+
+OpenAI's and ShareGPT's keys, LLaMA-Factory's function calls. Knows no rows and no tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tsugiki.data.files import parse
+from tsugiki.data.row import Message, RowProblem, answer_of, column_names
+
+CALLING = "function_call"  # LLaMA-Factory's role of a turn whose text is the call as JSON
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant",
+    "chatgpt": "assistant", CALLING: "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool",
+}  # fmt: skip
+THOUGHTS = ("reasoning_content", "thinking")
+KEPT = ("tool_calls", "name", "tool_call_id", *THOUGHTS)  # for the chat template
+READ = {"role", "from", "content", "value", "weight", *KEPT}
+
+
+def conversation(items: list[Any]) -> tuple[Message, ...]:
+    """All turns; what follows the last trained answer is left out where an answer there is not.
+
+    Raises:
+        RowProblem: no turns, one that cannot be read, or no answer that is trained.
+    """
+    messages = tuple(message(item, number) for number, item in enumerate(items, 1))
+    if not messages:
+        raise RowProblem("no turns")
+    answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
+    trained = [i for i in answers if messages[i].trained]
+    if answers and not trained:
+        raise RowProblem("every answer has weight 0: nothing to train on")
+    return messages[: trained[-1] + 1] if trained[-1:] != answers[-1:] else messages
+
+
+def message(item: Any, number: int) -> Message:
+    """One turn; raises RowProblem that names it by its number."""
+    if not isinstance(item, dict):
+        raise RowProblem(f"turn {number} is not an object")
+    said = item.get("role", item.get("from"))
+    if said is None:
+        raise RowProblem(f"turn {number} has no role ({column_names(item)})")
+    name = said.strip().lower() if isinstance(said, str) else ""
+    if name not in ROLES:
+        raise RowProblem(f"turn {number}: unknown role {str(said)[:40]!r}")
+    role = ROLES[name]
+    content = item.get("content", item.get("value"))
+    extra = {key: item[key] for key in KEPT if item.get(key)}
+    if name == CALLING:
+        extra["tool_calls"], content = _calls(content, number), ""
+    if isinstance(content, list):  # OpenAI's text parts
+        kinds = {p.get("type") if isinstance(p, dict) else None for p in content}
+        if kinds != {"text"}:
+            raise RowProblem(f"turn {number}: only text parts are supported")
+        content = "".join(str(p.get("text", "")) for p in content)
+    calls = extra.get("tool_calls")
+    if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise RowProblem(f"turn {number}: 'tool_calls' is not a list of objects")
+    for key in THOUGHTS:
+        if not isinstance(extra.get(key, ""), str):
+            raise RowProblem(f"turn {number}: {key!r} is not a text")
+    if content is None and extra:
+        content = ""
+    if not isinstance(content, str):
+        raise RowProblem(f"turn {number} has no text")
+    if role == "assistant" and not content.strip() and not calls:
+        raise RowProblem(f"turn {number}: the answer is empty")
+    weighs = role == "assistant" and item.get("weight") is not None
+    if weighs and item["weight"] not in (0, 1):
+        raise RowProblem(f"turn {number}: weight {str(item['weight'])[:40]!r} is neither 0 nor 1")
+    return Message(role, content, tuple(extra.items()), not weighs or item["weight"] == 1)
+
+
+def unread_keys(items: list[Any]) -> list[str]:
+    """Keys of turns that hold something and are not read."""
+    return [
+        str(key)
+        for item in items
+        if isinstance(item, dict)
+        for key, held in item.items()
+        if key not in READ and holds(held)
+    ]
+
+
+def holds(value: Any) -> bool:
+    """Whether a column or key says anything."""
+    return value is not None and value not in ("", [], {}, ())
+
+
+def earlier(pairs: list[Any]) -> tuple[Message, ...]:
+    """LLaMA-Factory's history, a list of [question, answer]; raises RowProblem."""
+    found = []
+    for pair in pairs:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(type(t) is str for t in pair)):
+            raise RowProblem("the column 'history' is not a list of [question, answer]")
+        found += [Message("user", pair[0]), Message("assistant", answer_of(pair[1]))]
+    return tuple(found)
+
+
+def _calls(text: Any, number: int) -> list[dict[str, Any]]:
+    """The call, or list of calls, that a turn's text holds, as OpenAI writes them."""
+    try:
+        held = parse(text) if isinstance(text, str) else text
+        return [_call(call) for call in (held if isinstance(held, list) else [held])]
+    except ValueError as error:
+        raise RowProblem(f"turn {number}: the function call is {error}") from None
+
+
+def _call(call: Any) -> dict[str, Any]:
+    if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+        raise ValueError("without a name")
+    arguments = call.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = parse(arguments)
+    if not isinstance(arguments, dict):
+        raise ValueError("without an object of arguments")
+    return {"type": "function", "function": {"name": call["name"], "arguments": arguments}}

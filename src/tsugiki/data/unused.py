@@ -1,0 +1,67 @@
+"""What rows hold and training does not read: columns, keys of turns, and how to use a column.
+
+Knows rows one at a time; reads no files.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tsugiki.data.columns import is_numbering
+from tsugiki.data.layouts import LISTS, PAIRS, turns_of
+from tsugiki.data.turns import holds, unread_keys
+
+MOST_NAMED = 6
+
+
+@dataclass
+class Unused:
+    """Names of columns and keys, each once, in the order in which they came."""
+
+    columns: dict[str, None] = field(default_factory=dict)
+    keys: dict[str, None] = field(default_factory=dict)
+    hint: str = ""
+
+    def see(self, value: Mapping[str, Any], used: Sequence[str], layout: str) -> None:
+        """Note what one row, read by `layout` from the columns `used`, leaves."""
+        for name, held in value.items():
+            if name in used or not holds(held):
+                continue
+            self.columns[str(name)] = None
+            if not self.hint and type(held) in (str, int, float) and not is_numbering(str(name)):
+                self.hint = _flags(str(name), used, layout)
+        if layout in LISTS:
+            self.keys |= dict.fromkeys(unread_keys(turns_of(value, layout)))
+
+    def notes(self) -> list[str]:
+        """One sentence for columns, one for keys of turns."""
+        told = []
+        if self.columns:
+            to_use = f" (to use one: {self.hint})" if self.hint else ""
+            told.append(f"columns not used: {_named(self.columns)}{to_use}")
+        if self.keys:
+            told.append(f"keys of turns not used: {_named(self.keys)}")
+        return told
+
+
+def _flags(name: str, used: Sequence[str], layout: str) -> str:
+    """Flags that put a column behind the prompt; '' where none can."""
+    if layout not in PAIRS or "history" in used or any(set("{}[]") & set(n) for n in (name, *used)):
+        return ""
+    answer = PAIRS[layout][1]
+    asked = [*used[: used.index(answer)], name]
+    template = "\\n".join(f"{{{column}}}" for column in asked)
+    system = " --columns system=system" if "system" in used else ""
+    return (
+        f"--prompt-template {shlex.quote(template)} "
+        f"--answer-template {shlex.quote(f'{{{answer}}}')}{system}"
+    )
+
+
+def _named(names: Mapping[str, None]) -> str:
+    shown = [name[:40] for name in list(names)[:MOST_NAMED]]
+    more = len(names) - len(shown)
+    return ", ".join([*shown, *([f"… {more} more"] if more else [])])

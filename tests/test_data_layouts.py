@@ -1,0 +1,184 @@
+"""What belongs to a row: columns that join the prompt, weights, thoughts, calls, and what is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_data_formats import ANSWER, GOOD, USER, lines, told, turns, write
+
+from tsugiki.data.formats import read_rows
+from tsugiki.errors import DataError
+
+JOINED: dict[str, tuple[dict[str, object], str]] = {
+    "instruction + input/response": ({"instruction": "q", "input": "m", "response": "a"}, "q\nm"),
+    "instruction + context/response": (
+        {"instruction": "q", "context": "m", "response": "a"}, "q\nm"
+    ),
+    "question + context/answer": ({"question": "q", "context": "m", "answer": "a"}, "q\nm"),
+    "prompt + input + context/completion": (
+        {"context": "c", "prompt": "q", "input": 5, "completion": "a"}, "q\n5\nc"
+    ),
+    "input + context/output": ({"input": "q", "context": "m", "output": "a"}, "q\nm"),
+    "alpaca + context": ({"instruction": "q", "context": "m", "output": "a"}, "q\nm"),
+    "alpaca": ({"instruction": "q", "input": 0.5, "context": "", "output": "a"}, "q\n0.5"),
+    "question/answer": ({"question": "q", "context": "", "answer": "a"}, "q"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", JOINED)
+def test_columns_of_the_prompt_join_it(tmp_path: Path, layout: str) -> None:
+    row, asked = JOINED[layout]
+    rows = read_rows(write(tmp_path, "a.jsonl", lines(row)))
+    assert rows.layout == layout
+    assert told(rows) == [[("user", asked), ("assistant", "a")]]
+    assert rows.notes == ()
+
+
+def test_history_is_earlier_turns(tmp_path: Path) -> None:
+    row = {"instruction": "q", "input": "", "output": "a", "system": "s"}
+    pairs = [["q1", "a1"], ["q2", "a2"]]
+    wanted = [("system", "s"), ("user", "q1"), ("assistant", "a1"), ("user", "q2"),
+              ("assistant", "a2"), ("user", "q"), ("assistant", "a")]  # fmt: skip
+    as_turns = [USER, ANSWER]
+    path = write(tmp_path, "a.jsonl", lines(
+        row | {"history": pairs}, row | {"history": json.dumps(pairs)},
+        row | {"history": as_turns}, row | {"history": []}, row | {"history": [["q1"]]},
+    ))  # fmt: skip
+    rows = read_rows(path)
+    assert rows.layout == "alpaca + history"
+    assert told(rows)[:2] == [wanted, wanted]
+    assert [len(talk) for talk in told(rows)] == [7, 7, 5, 3]
+    assert "not a list of [question, answer]" in rows.skipped[0].reason
+
+
+def test_columns_that_are_not_used_are_named_once_with_how_to_use_one(tmp_path: Path) -> None:
+    row = {"id": 1, "question": "q", "context": "c", "answer": "a", "level": "hard", "none": None}
+    rows = read_rows(write(tmp_path, "a.jsonl", lines(row, row)))
+    flags = "--prompt-template '{question}\\n{context}\\n{level}' --answer-template '{answer}'"
+    assert rows.notes == (f"columns not used: id, level (to use one: {flags})",)
+    rows = read_rows(
+        tmp_path / "a.jsonl",
+        prompt_template=r"{question}\n{context}\n{level}",
+        answer_template="{answer}",
+    )
+    assert told(rows)[0] == [("user", "q\nc\nhard"), ("assistant", "a")]
+    assert rows.notes[1:] == ("columns not used: id",)
+    many = {f"c{i}": i for i in range(9)} | turns(USER, ANSWER)
+    found = read_rows(write(tmp_path, "b.jsonl", lines(many)))
+    assert found.notes == ("columns not used: c0, c1, c2, c3, c4, c5, … 3 more",)
+
+
+def test_an_index_uses_the_columns_that_it_chooses_among(tmp_path: Path) -> None:
+    row = {"q": "which?", "choice0": "a", "choice1": "b", "label": 1, "from": "x"}
+    path = write(tmp_path, "a.jsonl", lines(row))
+    rows = read_rows(path, columns={"prompt": "q", "answer": "choice[label]"})
+    assert rows.notes == ("columns not used: from",)
+
+
+def test_thoughts_are_kept_and_unknown_keys_named(tmp_path: Path) -> None:
+    answer = ANSWER | {"reasoning_content": "so", "thinking": "thus", "loss": 1, "audio": None}
+    rows = read_rows(write(tmp_path, "a.jsonl", lines(turns(USER, answer), turns(USER, answer))))
+    extra = dict(rows.rows[0].messages[1].extra)
+    assert extra == {"reasoning_content": "so", "thinking": "thus"}
+    assert rows.notes == ("keys of turns not used: loss",)
+    bad = read_rows(write(tmp_path, "b.jsonl", lines(
+        turns(USER, ANSWER), turns(USER, ANSWER | {"thinking": [1]}),
+        turns(USER, {"role": "assistant", "content": "", "reasoning_content": "so"}),
+    )))  # fmt: skip
+    assert [s.reason for s in bad.skipped] == [
+        "turn 2: 'thinking' is not a text", "turn 2: the answer is empty"
+    ]  # fmt: skip
+
+
+def test_weight_0_keeps_an_answer_untrained(tmp_path: Path) -> None:
+    off = ANSWER | {"weight": 0}
+    rows = read_rows(write(tmp_path, "a.jsonl", lines(
+        turns(USER, off, USER, ANSWER | {"weight": 1}),
+        turns(USER, ANSWER, USER, off),
+        turns(USER, off, USER, off),
+        turns(USER, ANSWER | {"weight": 0.5}),
+    )))  # fmt: skip
+    assert [[m.trained for m in row.messages] for row in rows.rows] == [
+        [True, False, True, True], [True, True]
+    ]  # fmt: skip
+    assert [s.reason for s in rows.skipped] == [
+        "every answer has weight 0: nothing to train on",
+        "turn 2: weight '0.5' is neither 0 nor 1",
+    ]
+
+
+def test_each_row_is_read_by_its_own_layout(tmp_path: Path) -> None:
+    asked = {"question": "q", "answer": "a"}
+    path = write(tmp_path, "a.jsonl", lines(
+        {"odd": 1}, {"text": "once"}, asked, turns(USER, ANSWER), asked, GOOD, {"question": "q"}
+    ))  # fmt: skip
+    rows = read_rows(path)
+    assert rows.layout == "2 question/answer, 1 text, 1 messages, 1 prompt/completion"
+    assert [(s.source.rsplit(":")[-1], s.reason) for s in rows.skipped] == [
+        ("1", "layout not known (columns: odd)"),
+        ("7", "no column 'prompt' (columns: question)"),
+    ]
+    given = read_rows(path, columns={"prompt": "question", "answer": "answer"})
+    assert (given.layout, len(given.rows)) == ("columns", 2)
+
+
+def test_lists_of_turns_as_json_text(tmp_path: Path) -> None:
+    held = json.dumps([USER, ANSWER])
+    cell = held.replace('"', '""')
+    path = write(tmp_path, "a.csv", f'id,messages\n0,"{cell}"\n1,"{cell[:-1]}"\n')
+    rows = read_rows(path)
+    assert told(rows) == [[("user", "q"), ("assistant", "a")]]
+    assert "the column 'messages' is not valid JSON" in rows.skipped[0].reason
+    row = {"conversations": held}
+    assert read_rows(write(tmp_path, "b.jsonl", lines(row))).layout == "sharegpt"
+
+
+def called(value: object) -> dict[str, object]:
+    return {"conversations": [
+        {"from": "human", "value": "q"}, {"from": "function_call", "value": value},
+        {"from": "observation", "value": "sun"}, {"from": " Gpt ", "value": "a"},
+    ]}  # fmt: skip
+
+
+def test_llama_factorys_function_calls(tmp_path: Path) -> None:
+    good = {"name": "w", "arguments": {"at": 1}}
+    rows = read_rows(write(tmp_path, "a.jsonl", lines(
+        called(json.dumps(good)),
+        called(json.dumps([good | {"arguments": '{"at": 1}'}])),
+        called("w(1)"), called('{"arguments": {}}'), called('{"name": "w", "arguments": 5}'),
+    )))  # fmt: skip
+    wanted = [("user", "q"), ("assistant", ""), ("tool", "sun"), ("assistant", "a")]
+    assert told(rows) == [wanted, wanted]
+    for row in rows.rows:
+        assert row.messages[1].extra == (("tool_calls", [{"type": "function", "function": good}]),)
+    assert [s.reason.split(" is ")[1][:14] for s in rows.skipped] == [
+        "not valid JSON", "without a name", "without an obj"
+    ]  # fmt: skip
+
+
+def test_other_lists_of_one_object_are_named(tmp_path: Path) -> None:
+    row = {"question": "q", "answer": "a"}
+    path = write(tmp_path, "a.json", json.dumps({"train": [row], "test": [row], "version": "1"}))
+    (note,) = read_rows(path).notes
+    assert "only 'train' is read, not 'test'" in note
+    assert "--eval-data" in note
+    single = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    assert len(read_rows(write(tmp_path, "b.json", json.dumps(single))).rows) == 1
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_mostly_another_encoding_is_one_error_with_the_fix(tmp_path: Path, name: str) -> None:
+    pairs = [("what?", "this"), *((f"これは{i}", "はい") for i in range(3))]
+    made = {
+        "a.csv": "question,answer\n" + "".join(f"{q},{a}\n" for q, a in pairs),
+        "a.jsonl": lines(*({"question": q, "answer": a} for q, a in pairs)),
+    }[name]
+    path = write(tmp_path, name, made.encode("cp932"))
+    with pytest.raises(DataError, match="most rows are not valid UTF-8") as caught:
+        read_rows(path)
+    assert "iconv -f cp932" in str(caught.value.fix)
+    assert "3 of 4" in str(caught.value.got)
+    write(tmp_path, "b.jsonl", lines(GOOD))
+    assert any("iconv -f cp932" in note for note in read_rows(tmp_path).notes)

@@ -1,0 +1,68 @@
+"""Tables whose quotes do not pair: one line is given up, the rest is read, counts are exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_data_formats import told, write
+
+from tsugiki.data import tables
+from tsugiki.data.formats import read_rows
+from tsugiki.errors import DataError
+
+
+def rest(count: int) -> str:
+    return "".join(f"q{i},a{i}\n" for i in range(count))
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "after"),
+    [
+        ("never closed", 'q,"a', rest(4)),
+        ("closed by a later cell", 'q,"a', rest(2) + 'q,"a, b"\n' + rest(1)),
+        ("closed by a later end", 'q,"a', rest(2) + 'q","a"\n' + rest(1)),
+        ("before lines in one cell", 'q,"a', 'q,"a\nb"\n' + rest(3)),
+        ("the last line", 'q,"a', ""),
+    ],
+)
+def test_an_unclosed_quote_costs_one_line(tmp_path: Path, kind: str, line: str, after: str) -> None:
+    path = write(tmp_path, "a.csv", f'question,answer\n"q\nr",a\n{line}\n{after}')
+    rows = read_rows(path)
+    first = rows.skipped[0]
+    assert (first.source, first.reason) == (f"{path}:4", tables.UNCLOSED)
+    assert len(rows.skipped) == 1
+    assert len(rows.rows) + len(rows.skipped) == rows.seen == 2 + {"the last line": 0}.get(kind, 4)
+    assert told(rows)[0][0] == ("user", "q\nr")
+    if kind == "before lines in one cell":
+        assert told(rows)[1][1] == ("assistant", "a\nb")
+
+
+def test_the_end_of_a_broken_cell_is_not_taken_for_a_row(tmp_path: Path) -> None:
+    broken = '"say "x" here\nand there",a\n'
+    path = write(tmp_path, "a.csv", f'question,answer\n{broken}q,a\nq,5" wide\n')
+    rows = read_rows(path)
+    assert [talk[1][1] for talk in told(rows)] == ["a", '5" wide']
+    assert [s.source for s in rows.skipped] == [f"{path}:2", f"{path}:3"]
+    assert rows.skipped[1].reason == tables.REST
+
+
+def test_a_long_record_with_too_many_cells_is_one_row(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", 'question,answer\n"q\nr",a,x\nq,a\n')
+    rows = read_rows(path)
+    assert [s.reason for s in rows.skipped] == ["3 cells under 2 columns"]
+    assert rows.seen == 2
+
+
+def test_blank_lines_before_the_names_of_columns_are_passed_over(tmp_path: Path) -> None:
+    rows = read_rows(write(tmp_path, "a.csv", "\n,\nquestion,answer\nq,a\n"))
+    assert told(rows) == [[("user", "q"), ("assistant", "a")]]
+
+
+def test_quotes_that_make_every_line_be_read_again_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "MOST_AGAIN", 5_000)
+    path = write(tmp_path, "a.csv", "x,y,z,v\n" + 'a",""",x\n' * 200)
+    with pytest.raises(DataError, match="its quotes do not pair"):
+        read_rows(path)
