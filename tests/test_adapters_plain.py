@@ -140,7 +140,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
                                  vocab_size=64)
         ),
     ],
-    ids=["Sequential", "no head", "masked", "encoder and decoder"],
+    ids=["Sequential", "no head", "masked", "encoder", "encoder and decoder"],
 )  # fmt: skip
 def test_train_refuses_what_says_no_next_token(make: Callable[[], nn.Module]) -> None:
     model = make()

@@ -137,7 +137,7 @@ BAD = {
     ),
     "resume as": (["train", "--resume", "model", "--preset", "style"], "joined with --resume"),
     "resume by": (["train", "--resume", "model", "--config", "c.yaml"], "joined with --resume"),
-    "moved": (["train", "--resume", "moved"], "tsugiki train WHERE_IT_IS --resume moved"),
+    "moved": (["train", "--resume", "moved"], "tsugiki train --resume moved --data WHERE_IT_IS"),
     "exists": (["train", "rows.jsonl", "--model", "model", "--output", "model"], "exists already"),
     "suffix": (["train", "model/config.yml", "--model", "model"], "no file"),
     "memory": (["train", "rows.jsonl", "--model", "model", "--max-memory", "50MB"], "--lora-r 8"),

@@ -259,6 +259,12 @@ def test_what_came_whole_needs_no_network(hub: tuple[int, Path]) -> None:
     assert code != 0, "one of its files was deleted"
 
 
+def test_a_revision_chooses_no_place_to_write(hub: tuple[int, Path]) -> None:
+    """A server that answers for any revision is no reason to write beside the cache."""
+    ask(hub, "good/tiny", "../../../../escaped")
+    assert not list(hub[1].parent.rglob("escaped"))
+
+
 def test_the_commit_of_a_hub_base_is_recorded(hub: tuple[int, Path], tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     done = subprocess.run(

@@ -80,12 +80,15 @@ def train(
         if stored is None:
             raise UsageError(f"there is no run folder {resume}", fix="ls runs/")
         run_config = build_config(stored, settings)
-        path = run_config.data.path
-        if path is not None and not path.exists():
-            raise UsageError(
-                f"the data of this run is not at {path} any more",
-                fix=f"tsugiki train WHERE_IT_IS --resume {resume}",
-            )
+        for path, flag in (
+            (run_config.data.path, "--data"),
+            (run_config.data.eval_data, "--eval-data"),
+        ):
+            if path is not None and not path.exists():
+                raise UsageError(
+                    f"the data of this run is not at {path} any more",
+                    fix=f"tsugiki train --resume {resume} {flag} WHERE_IT_IS",
+                )
     else:
         run_config = configure(settings, config)
         refuse_paths(run_config)

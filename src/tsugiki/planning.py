@@ -317,10 +317,8 @@ def predict_disk(spec: ModelSpec, config: RunConfig, trainable: int) -> int:
 def ways_out(
     spec: ModelSpec, config: RunConfig, facts: Facts, decisions: Decisions, trainable: int
 ) -> list[str]:
-    """What to do about too little memory as flags, what saves most first, each with its need.
-
-    What would save nothing is left out.
-    """
+    """What to do about too little memory as flags, what saves most first, each with its need;
+    nothing that saves nothing."""
     train, lora = config.train, config.lora
     ways: list[tuple[str, RunConfig, Facts, int]] = []
 
@@ -330,10 +328,8 @@ def ways_out(
         ways.append((flags, changed, more.get("facts", facts), more.get("count", trainable)))
 
     if train.method == "full":
-        for flags, targets in (("", "all-linear"), (" --targets standard", "standard")):
-            if lean := count_lora(spec, lora.r, targets):
-                way(f"--method lora{flags}", "train", {"method": "lora"}, count=lean)
-                break
+        lean = count_lora(spec, lora.r, "all-linear")
+        way("--method lora", "train", {"method": "lora"}, count=lean)
     else:
         if config.model.quantize == "none":
             way("--quantize nf4", "model", {"quantize": "nf4"})

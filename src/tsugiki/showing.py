@@ -5,6 +5,7 @@ Knows rich and what was read and decided; reads and decides nothing itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,13 +13,14 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from tsugiki.adapters.targets import resolve_targets
+from tsugiki.adapters.targets import left_out, resolve_targets
 from tsugiki.data.dataset import Prepared
 from tsugiki.data.formats import Rows
 from tsugiki.data.report import counts_table, show
 from tsugiki.files import human_bytes
 from tsugiki.fitting import count_trainable, facts_of
 from tsugiki.kernels.backend import describe
+from tsugiki.models.spec import ModelSpec
 from tsugiki.planning import compare_memory, projection_bytes
 from tsugiki.terminal import Terminal
 
@@ -55,6 +57,12 @@ def show_rows(
         )
 
 
+def _without(spec: ModelSpec, targets: object) -> Iterator[tuple[str, str]]:
+    """What `all-linear` goes without: last name and why, once each."""
+    found = left_out(spec.meta_model()) if targets == "all-linear" else {}
+    yield from {path.rsplit(".", 1)[-1]: reason for path, reason in found.items()}.items()
+
+
 def show_plan(session: Session, terminal: Terminal) -> None:
     """What will be trained, why each value was chosen, and what it will cost."""
     plan, config = session.plan, session.plan.config
@@ -74,6 +82,8 @@ def show_plan(session: Session, terminal: Terminal) -> None:
             by_name.setdefault(target.path.rsplit(".", 1)[-1], []).append(size)
         for name, sizes in by_name.items():
             table.add_row(f"  {name}", f"{len(sizes)} × {sizes[0]:,} = {sum(sizes):,}", "")
+        for name, reason in _without(session.spec, config.lora.targets):
+            table.add_row(f"  {name}", "not adapted", reason)
     table.add_row("trained", f"{trainable:,} parameters ({share:.2f} %)", "")
     if config.model.quantize != "none":
         kept, of = projection_bytes(session.spec, config.model.quantize, session.decisions)

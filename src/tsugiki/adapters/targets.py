@@ -119,7 +119,7 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[Tar
         roles = WORDS[targets]
         if roles is None:
             if targets == "maximal":
-                _refuse_stacked_experts(model, targets)
+                _refuse_left_out(model)
             _refuse_uncalled(model, targets, possible)
             return tuple(possible)
         chosen = [t for t in possible if _role(t.path) in roles]
@@ -183,13 +183,12 @@ def _refuse_uncalled(model: nn.Module, word: str, possible: list[Target]) -> Non
         )
 
 
-def _refuse_stacked_experts(model: nn.Module, word: str) -> None:
-    for path, parameter in model.named_parameters():
-        if parameter.dim() == 3 and ".experts." in path:
-            raise AdapterError(
-                f"--targets {word}: the stacked experts of this model ({path}) are not supported",
-                fix="--targets all-linear adapts all else, standard the attention projections",
-            )
+def _refuse_left_out(model: nn.Module) -> None:
+    for path, reason in left_out(model).items():
+        raise AdapterError(
+            f"--targets maximal: {path} cannot be adapted: {reason}",
+            fix="--targets all-linear adapts all else, standard the attention projections",
+        )
 
 
 def head_path(model: nn.Module) -> str | None:

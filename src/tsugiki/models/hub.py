@@ -146,9 +146,12 @@ def _kept(name: str, commit: str | None) -> ResolvedModel | None:
 
 def _note(name: str, revision: str | None, commit: str, cache: Path) -> None:
     """Remember that a commit came whole, and as the Hub's client does what a branch stood for."""
+    branch = revision or "main"
+    if not COMMIT.fullmatch(commit) or ".." in branch or Path(branch).is_absolute():
+        return  # a server's word or a user's may not choose where to write
     notes = {_mark(name, commit): ""}
-    if not COMMIT.fullmatch(revision or ""):
-        notes[_stored(name, cache) / "refs" / (revision or "main")] = commit
+    if not COMMIT.fullmatch(branch):
+        notes[_stored(name, cache) / "refs" / branch] = commit
     with contextlib.suppress(OSError):  # without them it is asked for again
         for path, text in notes.items():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from tsugiki.models.closeness import compare
 from tsugiki.models.flat import NAME, flat_forward
 from tsugiki.models.head import output_of, prove_head
 from tsugiki.models.quantized import dense_copy
+from tsugiki.models.spec import CONTEXT
 from tsugiki.models.tuned import (
     AttentionShape,
     Replacement,
@@ -43,7 +44,6 @@ LAYERS = 3  # of each kind are tried: the first, one in the middle, the last
 DRAWS = 12  # at most, of adapters, upstream gradients and inputs
 BESIDE = 0.02  # how far inputs drawn lie beside the one seen, relative
 SPREAD = 0.02  # of B in the proof: with B = 0 the gradient of A would prove nothing
-CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len")  # as configs call it
 # How far all replacements together may move the logits, relative: in fp32, and in 16 bits, where
 # the roundings of many layers add up. A wrong module moves them by more than all they are.
 SAME, NEAR = 1e-3, 0.2
@@ -161,7 +161,7 @@ def _batch(model: nn.Module, seen: _Seen | None = None) -> ForwardBatch:
     """Three documents, one of them at the far end of the context: what depends on the position,
     as Ministral 3's queries do beyond a limit, is there to be missed."""
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    known = [getattr(config, name, None) for name in CONTEXTS]
+    known = [getattr(config, name, None) for name in CONTEXT]
     context = next((n for n in known if isinstance(n, int)), 0)
     far = max(0, context - LENGTHS[1])
     return ForwardBatch(LENGTHS, (0, far, 0), kv=None if seen is None else _Recorder(seen))

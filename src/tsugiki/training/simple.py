@@ -137,30 +137,38 @@ def _examples(
 @contextlib.contextmanager
 def _made_ready(model: nn.Module) -> Iterator[_Bare]:
     """Our attention and faster modules for a while; then everything is put back."""
-    if not isinstance(model, PreTrainedModel):
-        modes = [(m, m.training) for m in model.modules()]
-        yield _Bare(model, Tuned(), flat=False)
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        if isinstance(model, PreTrainedModel):
+            with _flat(model) as bare:
+                yield bare
+        else:
+            yield _Bare(model, Tuned(), flat=False)
+    finally:
         for module, mode in modes:
             module.training = mode
-        return
+
+
+@contextlib.contextmanager
+def _flat(model: PreTrainedModel) -> Iterator[_Bare]:
+    """A transformers model, its documents end to end where it keeps them apart."""
     known = cast(Any, model)
-    if not known.can_generate() or known.config.is_encoder_decoder:
+    generates = known.can_generate() and not known.config.is_encoder_decoder
+    found = probe_isolation(known.config) if generates else None
+    if found is None or not found.causal:
         raise AdapterError(
             "tsugiki.train needs a causal model",
             got=type(model).__name__,
             allowed="what AutoModelForCausalLM loads, or a module from ids (1, T) to logits",
             fix=OWN_LOOP,
         )
-    flat, attention = probe_isolation(known.config).holds, known.config._attn_implementation
-    modes = [(m, m.training) for m in model.modules()]
+    flat, attention = found.holds, known.config._attn_implementation
     try:
         (use_flat_attention if flat else use_own_attention)(model)
         yield _Bare(model, tune(model), flat)
     finally:
         untune(model)
         known.set_attn_implementation(attention)
-        for module, mode in modes:
-            module.training = mode
 
 
 @dataclass(frozen=True)
