@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+)
 
 import tsugiki
 from tsugiki import LoraConfig
@@ -135,6 +141,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
         sequential,
         lambda: AutoModel.from_config(AutoConfig.for_model("llama", **SMALL)),
         lambda: AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **SMALL)),
+        lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **SMALL)),
         lambda: AutoModelForSeq2SeqLM.from_config(
             AutoConfig.for_model("t5", d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=16,
                                  vocab_size=64)
