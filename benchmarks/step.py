@@ -87,6 +87,7 @@ def main() -> int:
     parser.add_argument("--record", help="write the figures to benchmarks/results/NAME.json")
     parser.add_argument("--no-gates", action="store_true", help="skip the correctness gates")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--parts", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.clock == "cpu" and options.threads != 1:
         sys.exit("--clock cpu counts the waiting of threads: use --threads 1 with it")
@@ -128,6 +129,7 @@ def compare(options: argparse.Namespace) -> int:
                 seconds = ", ".join(f"{s:.2f}" for s in result["seconds"])
                 print(f"  round {turn + 1} {name}: {seconds} s", flush=True)
     report = summarise(runs, options)
+    report["parts"] = where_it_goes(names, options)
     report["machine"] = {**before, "load_after": os.getloadavg()[0]}
     report["gates"] = gates
     beaten = [
@@ -148,8 +150,22 @@ def compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def _worker(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.step", "--worker", name]
+def where_it_goes(names: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a step by part, for those of ours that compute in compiled bodies; and what int8
+    could save at most: its products in half of the time, and rounding for nothing."""
+    found: dict[str, Any] = {}
+    for name in names:
+        if name in ("ours", "ours-dry", "ours-int8"):
+            found[name] = _worker(name, options, "--parts")
+    if "ours-int8" in found:
+        parts, share = found["ours"]["parts"], found["ours-int8"]["int8_share"]
+        products = parts["frozen products"] + parts["head and loss"]
+        found["ours-int8"]["at best / ours"] = 1 - share / 2 * products / parts["step"]
+    return found
+
+
+def _worker(name: str, options: argparse.Namespace, *more: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.step", "--worker", name, *more]
     for key in ("shape", "layers", "vocab", "rows", "length", "steps", "threads", "clock"):
         value = getattr(options, key)
         if value is not None:
@@ -284,6 +300,15 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"  {part['count']:4d} × {size:14s} {part['gflops']:6.0f} GFLOP/s"
                      f" (median {part['usual_gflops']:.0f})"
                      f" {part['seconds']:7.2f}s")  # fmt: skip
+    for name, found in report["parts"].items():
+        parts = sorted(found["parts"].items(), key=lambda part: -part[1])
+        said = ", ".join(
+            f"{part} {value:.2f}" for part, value in parts if value >= 0.01 and part != "step"
+        )
+        lines.append(f"where {name}'s seconds go: {said}")
+        if "at best / ours" in found:
+            lines.append(f"  int8 for {found['int8_share']:.0%} of the frozen products: at best"
+                         f" {found['at best / ours']:.2f} of ours, were rounding free")  # fmt: skip
     for name, value in report["ratios"].items():
         aim = TARGETS.get(name)
         lines.append(f"{name} = {value:.2f}" + (f"   (aim {aim})" if aim else ""))

@@ -29,6 +29,8 @@ CASES = [
     (3, 3, 256, (100, 200), None, 5.0),
     (2, 1, 64, (33, 129, 31), 1, None),
     (2, 2, 32, (260,), 128, None),
+    (4, 2, 80, (150, 33), None, None),
+    (2, 1, 8, (140,), 60, 8.0),
 ]
 
 
@@ -141,9 +143,28 @@ def test_what_is_not_a_number_stays_one_and_stays_in_its_document() -> None:
     assert not lost[60:].any()
 
 
+def test_values_of_another_width() -> None:
+    torch.manual_seed(2)
+    q, k, v = draw(4, 100, 48), draw(2, 100, 48), draw(2, 100, 40)
+    assert tiles_attend(q, k, v)
+    grad = torch.randn(1, 100, 4, 40).bfloat16()
+
+    def exactly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference_attention(q, k, v, (60, 40), scale=0.2)
+
+    exact = numbers(exactly, [x.double() for x in (q, k, v)], grad)
+    found = numbers(
+        lambda q, k, v: packed_attention(q, k, v, ForwardBatch((60, 40)), scale=0.2),
+        [q, k, v],
+        grad,
+    )
+    assert [x.shape for x in found] == [x.shape for x in exact]
+    assert max(errors(found, exact)) < 0.01
+
+
 def test_other_widths_and_types_go_elsewhere() -> None:
-    q = draw(2, 40, 48)
-    assert not tiles_attend(q, q, q), "48 is no multiple of 32"
+    q = draw(2, 40, 288)
+    assert not tiles_attend(q, q, q), "288 is more than a core's cache holds"
     assert not tiles_attend(q.float(), q.float(), q.float())
     out = packed_attention(q, q, q, ForwardBatch((40,)), scale=0.2)
     assert out.isfinite().all()

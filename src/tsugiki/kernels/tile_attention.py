@@ -1,7 +1,8 @@
 """Attention of packed documents in a CPU's tiles, without a matrix of scores in memory.
 
 What is kept for the way back are its inputs, its output and one number a query. Documents are rows
-of the flat batch: nothing is padded or gathered. Knows no cache and no sinks.
+of the flat batch, as they lie. Heads that tiles do not divide into get columns of zeros, which no
+score and no result notices. Knows no cache and no sinks.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -20,13 +22,10 @@ WIDEST = 256  # of a head: a block of queries and what belongs to it stay in a c
 
 
 def tiles_attend(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the tiles take these: bf16, heads of one width that they divide into."""
-    width = q.shape[-1]
+    """Whether the tiles take these: bf16, and heads not too wide."""
     return (
         q.dtype == k.dtype == v.dtype == torch.bfloat16
-        and width == k.shape[-1] == v.shape[-1]
-        and width % SIDE == 0
-        and width <= WIDEST
+        and max(q.shape[-1], v.shape[-1]) <= WIDEST
         and compiled_bodies(q, "tiles") is not None
     )
 
@@ -45,22 +44,25 @@ def tile_attention(
 
     Args:
         q: (1, H, T, d).
-        k, v: (1, Hkv, T, d); Hkv divides H.
+        k, v: (1, Hkv, T, d), v perhaps of another d; Hkv divides H.
         lengths: of the documents, T in all.
         scale: factor on q·k.
         window: a token sees itself and window - 1 tokens before it.
         softcap: c·tanh(x / c) on the scores.
 
     Returns:
-        (1, T, H, d)
+        (1, T, H, d) with v's d.
 
     Raises:
         MemoryError: no memory for one document's keys and values.
     """
     how = Documents(torch.tensor(lengths), scale, window, softcap)
+    given = v.shape[-1]
+    width = -(-max(q.shape[-1], given) // SIDE) * SIDE
+    q, k, v = (t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
     out = _Tiles.apply(q, k, v, how)  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
-    return out
+    return out[..., :given]
 
 
 class _Tiles(torch.autograd.Function):

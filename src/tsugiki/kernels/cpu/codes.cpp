@@ -61,6 +61,22 @@ void nf4_unpack(const uint8_t* packed, const float* scales, const float* levels,
     }
 }
 
+// A row of x, or x · fold, in fp32; its largest size and its sum of squares. Each form is a loop of
+// its own: with the choice inside it, compilers leave the loop scalar.
+template <bool FOLD, class T>
+void read(const T* x, const float* fold, float* p, int64_t columns, float& peak, float& sum) {
+    float largest = 0.0f, squares = 0.0f;
+#pragma omp simd reduction(max : largest) reduction(+ : squares)
+    for (int64_t i = 0; i < columns; ++i) {
+        const float v = FOLD ? wide(x[i]) * fold[i] : wide(x[i]);
+        const float size = v < 0.0f ? -v : v;
+        p[i] = v;
+        largest = size > largest ? size : largest;
+        squares += v * v;
+    }
+    peak = largest, sum = squares;
+}
+
 // Codes (rows, columns) of x · fold: whole numbers of steps of peak / levels a row, with a chance
 // of a table of so many entries, from another place each row, added before rounding where given.
 // ratio: peak over root mean square.
@@ -77,14 +93,10 @@ void quantise(const T* x, const float* fold, const float* chance, int8_t* codes,
             const T* xi = x + row * xs;
             int8_t* ci = codes + row * columns;
             float peak = 0.0f, sum = 0.0f;
-#pragma omp simd reduction(max : peak) reduction(+ : sum)
-            for (int64_t i = 0; i < columns; ++i) {
-                const float v = fold ? wide(xi[i]) * fold[i] : wide(xi[i]);
-                const float size = v < 0.0f ? -v : v;
-                p[i] = v;
-                peak = size > peak ? size : peak;
-                sum += v * v;
-            }
+            if (fold)
+                read<true>(xi, fold, p, columns, peak, sum);
+            else
+                read<false>(xi, fold, p, columns, peak, sum);
             peak = sum == sum ? (peak > 1e-30f ? peak : 1e-30f) : sum;  // not a number stays one
             const float mean = std::sqrt(sum / float(columns));
             ratio[row] = peak / (mean > 1e-30f ? mean : 1e-30f);
