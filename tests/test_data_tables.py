@@ -66,3 +66,20 @@ def test_quotes_that_make_every_line_be_read_again_are_refused(
     path = write(tmp_path, "a.csv", "x,y,z,v\n" + 'a",""",x\n' * 200)
     with pytest.raises(DataError, match="its quotes do not pair"):
         read_rows(path)
+
+
+def test_between_tabs_a_quote_may_be_a_character(tmp_path: Path) -> None:
+    lines = ['"Hello" he said\ta', 'He said "no\ta', '"Open only\ta', 'q\t"x" and "y', '"q\nr"\ta']
+    path = write(tmp_path, "a.tsv", "question\tanswer\n" + "\n".join(lines) + "\n")
+    rows = read_rows(path)
+    assert not rows.skipped
+    asked = [talk[0][1] for talk in told(rows)]
+    assert asked == ['"Hello" he said', 'He said "no', '"Open only', "q", "q\nr"]
+    assert told(rows)[3][1] == ("assistant", '"x" and "y')
+
+
+def test_between_tabs_the_end_of_a_broken_cell_is_no_row_either(tmp_path: Path) -> None:
+    broken = '"say "x" here\nand there"\ta\n'
+    rows = read_rows(write(tmp_path, "a.tsv", f"question\tanswer\n{broken}q\ta\n"))
+    assert told(rows) == [[("user", "q"), ("assistant", "a")]]
+    assert len(rows.skipped) == 2

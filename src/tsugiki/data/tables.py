@@ -1,7 +1,8 @@
 """Lines of a table → its records, going on after a quote that is not closed.
 
 The csv module reads such a quote up to the next one, or to the end of the file. Here the line where
-it opens is given up alone, and the lines after it are read again. Knows no files and no rows.
+it opens is given up alone, and the lines after it are read again. Between tabs, where many programs
+write no quotes around cells, it is a character like others. Knows no files and no rows.
 """
 
 from __future__ import annotations
@@ -66,6 +67,10 @@ def split(lines: Iterator[tuple[int, str]], delimiter: str) -> Iterator[Cells]:
             if count > MOST_AGAIN:
                 raise QuotesNeverPair
             del taken[1:]
+        if problem not in (None, REST) and delimiter == "\t":
+            plain = taken[0][1].rstrip("\r\n").split("\t")
+            if len(taken) == 1 and len(plain) == width:
+                cells, problem = plain, None
         if any(cell.strip() for cell in cells):
             width = width or len(cells)
         broken = problem is not None
