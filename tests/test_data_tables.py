@@ -83,3 +83,12 @@ def test_between_tabs_the_end_of_a_broken_cell_is_no_row_either(tmp_path: Path) 
     rows = read_rows(write(tmp_path, "a.tsv", f"question\tanswer\n{broken}q\ta\n"))
     assert told(rows) == [[("user", "q"), ("assistant", "a")]]
     assert len(rows.skipped) == 2
+
+
+@pytest.mark.parametrize("mark", [",", ";", "|", "\t"])
+def test_a_first_line_may_tell_the_delimiter(tmp_path: Path, mark: str) -> None:
+    text = f'sep={mark}\nquestion{mark}answer\n"q, r; s"{mark}a\n'
+    path = write(tmp_path, "a.csv", text)
+    rows = read_rows(path)
+    assert told(rows) == [[("user", "q, r; s"), ("assistant", "a")]]
+    assert rows.rows[0].source == f"{path}:3"

@@ -10,6 +10,7 @@ import csv
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -268,7 +269,10 @@ def _table(path: Path, delimiter: str) -> Iterator[Record | Skipped]:
     csv.field_size_limit(LINE_LIMIT)
     lines = _table_lines(path, bad)
     first, head = next(lines, (1, ""))
-    if delimiter not in head:  # as Excel writes it where the comma is the decimal point
+    told = re.fullmatch(r"sep=(\W)\s*", head)  # what Excel asks for a delimiter with
+    if told:
+        delimiter, (first, head) = told[1], next(lines, (1, ""))
+    elif delimiter not in head:  # as Excel writes it where the comma is the decimal point
         delimiter = next((mark for mark in ";\t," if mark in head), delimiter)
     names: list[str] | None = None
     try:
