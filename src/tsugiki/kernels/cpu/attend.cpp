@@ -6,12 +6,60 @@
 #ifdef TILES
 namespace {
 
-// One query's scores of a block of keys to e^(x - best) in bfloat16; its running sums carried on.
-// Returns by what to scale what was summed before.
-float weigh(const Attention& a, char* scores, int64_t row, int64_t query, int64_t key,
-            int64_t count, float& best, float& sum, bfloat* p) {
+// A query's running numbers: the largest score so far, and relative to it the sum of e^score.
+struct Running {
+    float best = -INFINITY, sum = 0.0f;
+
+    // A block's largest score and its sum of e^(score - best) come in; by what to scale what was
+    // summed before.
+    float carry(float now, __m512 more) {
+        const float shrink = best == now ? 1.0f : best == -INFINITY ? 0.0f : exponential(best - now);
+        sum = sum * shrink + _mm512_reduce_add_ps(more);
+        best = now;
+        return shrink;
+    }
+};
+
+// One query's scores of a block of keys, of which it sees the first `seen`, to e^(x - best) in
+// bfloat16; zeros up to `count`.
+float weigh(const Attention& a, char* scores, int64_t row, int64_t seen, int64_t count, Running& r,
+            bfloat* p) {
+    __m512 top = _mm512_set1_ps(-INFINITY);
+    int64_t at = 0;
+    for (; at + 16 <= seen; at += 16)
+        top = _mm512_max_ps(_mm512_load_ps(piece(scores, row, at)), top);
+    if (at < seen)
+        top = _mm512_mask_max_ps(top, first(seen - at), top, _mm512_load_ps(piece(scores, row, at)));
+    const float now = std::max(r.best, a.scale * _mm512_reduce_max_ps(top));
+    const __m512 scale = _mm512_set1_ps(a.scale), less = _mm512_set1_ps(now);
+    __m512 all[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (at = 0; at + SIDE <= seen; at += SIDE) {
+        __m512 e[2];
+        for (int i = 0; i < 2; ++i) {
+            e[i] = exponential(
+                _mm512_fmsub_ps(_mm512_load_ps(piece(scores, row, at + 16 * i)), scale, less));
+            all[i] = _mm512_add_ps(all[i], e[i]);
+        }
+        _mm512_store_si512(p + at, (__m512i)_mm512_cvtne2ps_pbh(e[1], e[0]));
+    }
+    for (; at < count; at += SIDE) {
+        __m512 e[2];
+        for (int i = 0; i < 2; ++i) {
+            const __m512 x = _mm512_load_ps(piece(scores, row, at + 16 * i));
+            e[i] = _mm512_maskz_mov_ps(first(seen - at - 16 * i),
+                                       exponential(_mm512_fmsub_ps(x, scale, less)));
+            all[i] = _mm512_add_ps(all[i], e[i]);
+        }
+        _mm512_store_si512(p + at, (__m512i)_mm512_cvtne2ps_pbh(e[1], e[0]));
+    }
+    return r.carry(now, _mm512_add_ps(all[0], all[1]));
+}
+
+// The same with a cap or a window, for a query at its own place.
+float weigh_some(const Attention& a, char* scores, int64_t row, int64_t query, int64_t key,
+                 int64_t count, Running& r, bfloat* p) {
     const __m512 scale = _mm512_set1_ps(a.scale);
-    __m512 top = _mm512_set1_ps(best);
+    __m512 top = _mm512_set1_ps(r.best);
     for (int64_t at = 0; at < count; at += 16) {
         float* some = piece(scores, row, at);
         __m512 x = _mm512_mul_ps(_mm512_load_ps(some), scale);
@@ -31,15 +79,13 @@ float weigh(const Attention& a, char* scores, int64_t row, int64_t query, int64_
         }
         _mm512_store_si512(p + at, (__m512i)_mm512_cvtne2ps_pbh(e[1], e[0]));
     }
-    const float shrink = best == -INFINITY ? 0.0f : exponential(best - now);
-    sum = sum * shrink + _mm512_reduce_add_ps(all);
-    best = now;
-    return shrink;
+    return r.carry(now, all);
 }
 
 // out (tokens, heads, d), norms (heads, tokens): log of the sum of e^score. Whether there was memory.
 bool forward(const Attention& a, bfloat* out, float* norms, int threads) {
     const int64_t most = longest(a), d = a.d;
+    const bool plain = a.cap <= 0.0f && !a.window && a.scale > 0.0f;
     bool whole = true;
 #pragma omp parallel num_threads(threads) reduction(&& : whole) if (threads > 1)
     {
@@ -65,8 +111,7 @@ bool forward(const Attention& a, bfloat* out, float* norms, int threads) {
                     copy_rows(x, stride, high, SIDE, d, reinterpret_cast<bfloat*>(rows.at));
                     x = reinterpret_cast<bfloat*>(rows.at), stride = d;
                 }
-                float best[SIDE], sum[SIDE];
-                for (int64_t i = 0; i < SIDE; ++i) best[i] = -INFINITY, sum[i] = 0.0f;
+                Running running[SIDE];
                 std::memset(sums.at, 0, SIDE * d * 4);
                 for (int64_t key = a.begin(query); key < query + high; key += BLOCK) {
                     const int64_t count = std::min(BLOCK, up(query + high - key, SIDE));
@@ -75,8 +120,11 @@ bool forward(const Attention& a, bfloat* out, float* norms, int threads) {
                                  scores.at + at / SIDE * 4 * TILE, nothing);
                     for (int64_t i = 0; i < SIDE; ++i) {
                         const int64_t place = query + std::min(i, high - 1);
-                        const float shrink = weigh(a, scores.at, i, place, key, count, best[i],
-                                                   sum[i], weights + i * BLOCK);
+                        bfloat* p = weights + i * BLOCK;
+                        const float shrink =
+                            plain ? weigh(a, scores.at, i, std::min(count, place + 1 - key), count,
+                                          running[i], p)
+                                  : weigh_some(a, scores.at, i, place, key, count, running[i], p);
                         if (shrink == 1.0f || shrink == 0.0f) continue;
                         for (int64_t at = 0; at < d; at += 16) {
                             float* some = piece(sums.at, i, at);
@@ -94,8 +142,9 @@ bool forward(const Attention& a, bfloat* out, float* norms, int threads) {
                 }
                 float factors[SIDE];
                 for (int64_t i = 0; i < high; ++i) {
-                    factors[i] = 1.0f / sum[i];
-                    norms[t.head * a.tokens + t.start + query + i] = best[i] + std::log(sum[i]);
+                    const Running& r = running[i];
+                    factors[i] = 1.0f / r.sum;
+                    norms[t.head * a.tokens + t.start + query + i] = r.best + std::log(r.sum);
                 }
                 put_rows(sums.at, factors, high, d,
                          out + ((t.start + query) * a.heads + t.head) * d, a.heads * d);

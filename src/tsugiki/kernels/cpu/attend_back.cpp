@@ -14,6 +14,18 @@ struct Gradients {
     float *parts_k, *parts_v;  // (heads, tokens, d)
 };
 
+// Σ x · y of d entries. Written out: compilers leave the plain loop scalar in here.
+inline float inner(const bfloat* x, const bfloat* y, int64_t d) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t at = 0; at < d; at += 16) {
+        const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(x + at)));
+        const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(y + at)));
+        sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)),
+                              _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), sum);
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
 // rows (count, d) transposed: (d, count); count in 16s.
 void turn_over(const bfloat* rows, int64_t count, int64_t d, bfloat* to) {
     for (int64_t i = 0; i < count; i += 16)
@@ -60,14 +72,16 @@ struct Slopes {
             __m512 e[2], s[2];
             for (int64_t half = 0; half < 2; ++half) {
                 const int64_t at = 16 * half;
-                __m512 x = _mm512_mul_ps(_mm512_load_ps(piece(scores, done, at)), scale);
-                __m512 slope = scale;
+                const __m512 norm = _mm512_set1_ps(norms[done]);
+                __m512 x = _mm512_load_ps(piece(scores, done, at)), slope = scale;
                 if (a.cap > 0.0f) {
-                    x = capped(x, a.cap);
+                    x = capped(_mm512_mul_ps(x, scale), a.cap);
                     const __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.0f / a.cap));
                     slope = _mm512_mul_ps(scale, _mm512_fnmadd_ps(t, t, _mm512_set1_ps(1.0f)));
+                    e[half] = exponential(_mm512_sub_ps(x, norm));
+                } else {
+                    e[half] = exponential(_mm512_fmsub_ps(x, scale, norm));
                 }
-                e[half] = exponential(_mm512_sub_ps(x, _mm512_set1_ps(norms[done])));
                 if (!open) e[half] = _mm512_maskz_mov_ps(a.seen(query + done, key + at), e[half]);
                 const __m512 d = _mm512_load_ps(piece(upstream, done, at));
                 s[half] = _mm512_mul_ps(_mm512_mul_ps(e[half], slope),
@@ -134,11 +148,7 @@ void back_of(const Attention& a, const Gradients& to, const Task& t, Desk& m) {
             norms[i] = INFINITY, own[i] = 0.0f;
             if (i >= high) continue;
             norms[i] = to.norms[t.head * a.tokens + t.start + query + i];
-            float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t j = 0; j < d; ++j)
-                sum += wide(g[i * d + j]) * wide(to.out[place + i * stride + j]);
-            own[i] = sum;
+            own[i] = inner(g + i * d, to.out + place + i * stride, d);
         }
         std::memset(m.sums.at, 0, BLOCK * d * 4);
         for (int64_t key = a.begin(query); key < query + high; key += BLOCK) {

@@ -221,15 +221,15 @@ inline float* piece(char* strip, int64_t row, int64_t column) {
                                     column % SIDE / 16 * TILE + row % 16 * 64);
 }
 
-// e^x as in numbers.hpp, for x up to zero; not a number stays one.
+// e^x to 4e-7 of itself, for x up to zero; not a number stays one. 2^n · e^r with n the nearest whole
+// number, e^r by a polynomial fitted to half of ln 2 on both sides (largest error 1.1e-7).
 inline __m512 exponential(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-80.0f), x);
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    for (const float term : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
-                             1.6666665459e-1f, 5.0000001201e-1f, 1.0f, 1.0f})
+    const __m512 whole = _mm512_set1_ps(12582912.0f);  // 1.5 · 2^23: adding it rounds
+    const __m512 n = _mm512_sub_ps(_mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f), whole), whole);
+    const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.69314718f), x);
+    __m512 p = _mm512_set1_ps(8.31253e-3f);
+    for (const float term : {4.189017e-2f, 1.6667115e-1f, 4.9999231e-1f, 1.0f, 1.0f})
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(term));
     return _mm512_scalef_ps(p, n);
 }
