@@ -40,6 +40,7 @@ GRID: tuple[tuple[str, int | None, int | None, int, int, dict[str, Any]], ...] =
     ("gpt2-medium", 4, None, 2, 512, {}),
     ("gpt2-medium", 4, None, 2, 512, {"quantize": "nf4"}),
     ("gemma3-1b", 3, 32768, 2, 512, {}),
+    ("heads-of-80", 6, None, 2, 512, {}),
     ("qwen2.5-0.5b", None, None, 2, 512, {}),
     ("qwen2.5-0.5b", None, None, 2, 512, {"quantize": "nf4"}),
 )

@@ -45,6 +45,8 @@ SHAPES: dict[str, Shape] = {
     "llama3-8b": _llama(
         "llama", 4096, 14_336, 32, 32, 8, 128_256, head_dim=128, tie_word_embeddings=False
     ),
+    # StableLM 3B at half its width: heads of 80, which tiles do not divide into
+    "heads-of-80": _llama("llama", 1280, 3456, 24, 16, 16, 32_768),
     "tiny": _llama("llama", 64, 160, 2, 4, 2, 300, head_dim=16),
     "gpt2-medium": Shape(
         "gpt2",

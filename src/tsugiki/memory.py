@@ -16,6 +16,7 @@ from tsugiki.config import RunConfig
 from tsugiki.kernels import loss, nf4, quantized
 from tsugiki.kernels.blocks import BLOCK, KEEP
 from tsugiki.kernels.cpu.tiles import FEW, SIDE
+from tsugiki.kernels.tile_attention import WIDEST
 from tsugiki.models.spec import ModelSpec
 
 # Measured: what a process that trains holds beyond one that has read rows and config (libraries
@@ -158,8 +159,12 @@ def layer_bytes(shape: Shape, config: RunConfig, batch: Pass, width: int, tiles:
         + shape.wide
         + ranks
     )  # fmt: skip
-    if tiles and shape.query // shape.heads % SIDE == 0:
+    head = shape.query // shape.heads
+    if tiles and head <= WIDEST:
         per_token += 4 * shape.heads  # one number a query
+        if head % SIDE:  # up to whole tiles, and the output again without what was added
+            more = (head // SIDE + 1) * SIDE / head - 1
+            per_token += int(width * (more * 2 * (shape.query + shape.key) + shape.query))
     elif batch.longest <= KEEP:  # probabilities of blocks of queries
         per_token += width * shape.heads * (min(batch.longest, batch.longest // 2 + BLOCK // 2))
     return batch.tokens * per_token
