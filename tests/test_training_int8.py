@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -229,6 +230,10 @@ def test_a_run_is_proven_before_its_first_step_and_at_a_tenth(place: Path) -> No
     for line in lines:
         assert len(line["tensors"]) == 2 * 21
         assert line["what"] in LEVELS
+        said = re.search(r"; ([0-9.]+) of the time without int8", line["note"])
+        assert line["taken"] == (said is not None)
+        if said and said[1] != "0.97":  # rounded, it may be on either side
+            assert ("is as good here" in line["note"]) == (float(said[1]) > 0.97)
     assert min(c for c, _ in lines[-1]["tensors"].values()) >= gradients.LOWEST
     losses = [line["loss"] for line in metrics.read(run) if line["kind"] == "train"]
     plain = [line["loss"] for line in metrics.read(place / "plain") if line["kind"] == "train"]

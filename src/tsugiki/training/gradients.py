@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ BATCHES = 4  # micro-batches whose gradient is compared
 SPREAD = 0.02  # of B where it is drawn: with B = 0 the gradient of every A is zero
 MEDIAN, LOWEST = 0.998, 0.98  # cosines with fp32
 RATIOS = (0.97, 1.03)  # of the norms, ours over fp32's
+PAYS = 0.97  # of the time without int8: above, it is not worth its noise
 
 Gradients = dict[str, Tensor]
 
@@ -65,11 +67,21 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Settled:
-    """The level that was taken, with its verdict and those of the levels that were refused."""
+    """The level that was taken, with its verdict and those of the levels that were refused.
+
+    cost: time of these gradients with it, over the time without int8; a machine's mood included.
+    """
 
     level: int
     verdict: Verdict
     refused: tuple[tuple[int, Verdict], ...]
+    cost: float
+
+    @property
+    def note(self) -> str:
+        """The verdict, and whether it pays."""
+        pays = "" if self.cost < PAYS else ", so --compute bf16 is as good here"
+        return f"{self.verdict.note}; {self.cost:.2f} of the time without int8{pays}"
 
 
 def settle(
@@ -105,7 +117,8 @@ def settle(
                 verdict = judge(_gradients(trained, loss_of, passes), exact)
                 settled = not verdict.missed
                 if settled:
-                    return Settled(level, verdict, tuple(refused))
+                    cost = _cost(trained, loss_of, passes, doors)
+                    return Settled(level, verdict, tuple(refused), cost)
                 refused.append((level, verdict))
             with multiplying_with([(module, stored_weight(module)) for module in doors]):
                 plain = judge(_gradients(trained, loss_of, passes), exact)
@@ -124,7 +137,8 @@ def told_by(settled: Settled, step: int) -> list[Proven]:
     """What to show and write: every level that was tried."""
     return [
         Proven(
-            step, LEVELS[level], level == settled.level, verdict.note, verdict.missed,
+            step, LEVELS[level], level == settled.level,
+            settled.note if level == settled.level else verdict.note, verdict.missed,
             {name: (one.cosine, one.ratio) for name, one in verdict.tensors.items()},
         )
         for level, verdict in (*settled.refused, (settled.level, settled.verdict))
@@ -177,6 +191,24 @@ def agreement(ours: Tensor, exact: Tensor) -> Agreement:
 
 def _order(cosine: float) -> float:
     return -1.0 if math.isnan(cosine) else cosine
+
+
+def _cost(
+    trained: dict[str, nn.Parameter], loss_of: LossOf, passes: Sequence[Sequence[Example]],
+    doors: Sequence[nn.Module],
+) -> float:  # fmt: skip
+    """Time of the gradients as products are now, over that of stored weights; pass by pass in turn,
+    the median."""
+    ratios = []
+    for examples in passes:
+        seconds = []
+        for stored in ([], [(module, stored_weight(module)) for module in doors]):
+            began = time.perf_counter()
+            with multiplying_with(stored):
+                _gradients(trained, loss_of, [examples])
+            seconds.append(time.perf_counter() - began)
+        ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios)
 
 
 def _gradients(
