@@ -124,6 +124,7 @@ BAD = {
     "target": (["train", "rows.jsonl", "--model", "model", "--targets", "q_porj"], "q_proj"),
     "device": (["train", "rows.jsonl", "--model", "model", "--device", "cuda:7"], "not on this"),
     "no run": (["train", "--resume", "runs/none"], "there is no run folder"),
+    "no run folder": (["train", "--resume", "rows.jsonl"], "rows.jsonl is not a run folder"),
     "seed": (["train", "rows.jsonl", "--seed", "-3"], "--seed"),
     "a file": (["train", "rows.jsonl", "--model", "model", "--output", "rows.jsonl"], "is a file"),
     "in a file": (["train", "rows.jsonl", "--output", "rows.jsonl/x"], "is a file"),

@@ -45,8 +45,8 @@ UNKNOWN: dict[str, tuple[dict[str, object], list[object]]] = {
         [("user", "which?"), ("assistant", "b")],
     ),
     "Japanese": (
-        {"番号": 1, "指示": "訳せ", "回答": "yes", "出典": "x"},
-        [("user", "訳せ"), ("assistant", "yes")],
+        {"番号": 1, "出した指示": "訳せ", "その入力": "犬", "正しい回答": "yes", "出典": "x"},
+        [("user", "訳せ\n犬"), ("assistant", "yes")],
     ),
     "chosen": (
         {"prompt": "q", "chosen": "a", "rejected": "b"}, [("user", "q"), ("assistant", "a")]

@@ -251,7 +251,15 @@ def test_bad_lines_of_a_table(tmp_path: Path, kind: str, line: bytes, reason: st
         ("a.txt", "plain".encode("utf-16-le"), "iconv -f utf-16le"),
         ("a.csv", "質問,回答\nこれは,はい\n".encode("cp932"), "iconv -f cp932"),
         ("a.csv", "質問,回答\nこれは,はい\n".encode("euc-jp"), "iconv -f euc-jp"),
+        (
+            "a.csv",
+            "質問;回答\n".encode("cp932") + "問1;答\n".encode("cp932") * 25,
+            "iconv -f cp932",
+        ),
+        ("a.csv", "質問;回答\n".encode("euc-jp") + "問1;答\n".encode("euc-jp"), "iconv -f euc-jp"),
         ("a.csv", "question,answer\ncafé,olé\n".encode("latin1"), "iconv -f latin1"),
+        ("a.csv", "question,réponse\ngénéralité,é\n".encode("latin1"), "iconv -f latin1"),
+        ("a.txt", "good".encode("utf-16") + b"\n", "save it anew as UTF-8"),
         ("a.jsonl", b'{"prompt": "\xff", "completion": "a"}\n', "iconv -f latin1"),
         ("a.json", b'{"question": ["q"], "answer": ["a"]}', "'question' is not a text"),
         (
@@ -394,3 +402,13 @@ def test_no_value_makes_a_traceback(values: list[object]) -> None:
         except DataError:
             return
         assert len(rows.rows) + len(rows.skipped) == rows.seen == len(values)
+
+
+def test_a_broken_line_of_utf_16_is_lost_alone(tmp_path: Path) -> None:
+    good = '{"prompt": "q", "completion": "a"}\n'.encode("utf-16-le")
+    half = good[:20] + b"\x00\xd8" + good[20:]  # half of a pair
+    path = write(tmp_path, "a.jsonl", b"\xff\xfe" + good + half + good + b"\x0a")
+    rows = read_rows(path)
+    assert told(rows) == [[("user", "q"), ("assistant", "a")]] * 2
+    assert [s.source for s in rows.skipped] == [f"{path}:2", f"{path}:4"]
+    assert all("not valid UTF-8" in s.reason for s in rows.skipped)

@@ -92,3 +92,15 @@ def test_a_first_line_may_tell_the_delimiter(tmp_path: Path, mark: str) -> None:
     rows = read_rows(path)
     assert told(rows) == [[("user", "q, r; s"), ("assistant", "a")]]
     assert rows.rows[0].source == f"{path}:3"
+
+
+@pytest.mark.parametrize("head", ["sep=", 'sep="'])
+def test_a_delimiter_that_is_none_is_not_taken(tmp_path: Path, head: str) -> None:
+    with pytest.raises(DataError):
+        read_rows(write(tmp_path, "a.csv", f"{head}\nquestion,answer\nq,a\n"))
+
+
+def test_a_quote_after_a_line_that_broke_otherwise_costs_nothing(tmp_path: Path) -> None:
+    rows = read_rows(write(tmp_path, "a.tsv", 'question\tanswer\nx\n5" pipe\ta\nq\ta\n'))
+    assert [talk[0][1] for talk in told(rows)] == ['5" pipe', "q"]
+    assert [s.reason for s in rows.skipped] == ["1 cells under 2 columns"]

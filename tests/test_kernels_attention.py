@@ -174,3 +174,38 @@ def test_other_widths_and_types_go_elsewhere() -> None:
         assert not tiles_attend(q, q, q), "a run that began without tiles goes on without"
     finally:
         backend.hold_plain([])
+
+
+@pytest.mark.parametrize("width", [48, 64, 80])
+@pytest.mark.parametrize("size", [1e3, 1e4, 1e6])
+def test_scores_beyond_all_measure_stay_numbers(width: int, size: float) -> None:
+    """One key takes it all: the score minus itself must be zero, whatever the factor rounds."""
+    torch.manual_seed(3)
+    q, k, v = (draw(2, 150, width) for _ in range(3))
+    q, k = q * size, k * size
+    grad = torch.randn(1, 150, 2, width).bfloat16()
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_attention(q, k, v, ForwardBatch((150,)), scale=width**-0.5)
+
+    def exactly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference_attention(q, k, v, (150,), scale=width**-0.5)
+
+    found = numbers(run, [q, k, v], grad)
+    exact = numbers(exactly, [x.double() for x in (q, k, v)], grad)
+    assert all(x.isfinite().all() for x in found)
+    for ours, theirs in ((found[0], exact[0]), (found[3], exact[3])):
+        assert errors([ours], [theirs])[0] < 0.2, "a near tie may fall otherwise"
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [20, 100])
+def test_scales_that_torch_has_not(scale: float, dtype: torch.dtype, length: int) -> None:
+    torch.manual_seed(4)
+    q, k, v = (draw(2, length, 32).to(dtype) for _ in range(3))
+    out = packed_attention(q, k, v, ForwardBatch((length,)), scale=scale)
+    exact = reference_attention(
+        q.double(), k.double(), v.double(), (length,), scale=scale
+    )  # fmt: skip
+    assert errors([out], [exact])[0] < 0.01

@@ -17,7 +17,7 @@ from tokenizers_for_tests import CHATML, tiny_tokenizer
 from torch import nn
 
 from tsugiki.adapters.attach import attach, lora_modules
-from tsugiki.config import LoraConfig
+from tsugiki.config import LoraConfig, build_config
 from tsugiki.errors import ModelError, UsageError
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.kernels.quantized import QuantizedWeight
@@ -27,7 +27,9 @@ from tsugiki.models.quantized import QuantizedLinear, dense_copy, quantize_modul
 from tsugiki.models.quantized_store import WEIGHTS
 from tsugiki.models.shards import QUANTIZED_RECORD, open_model
 from tsugiki.models.tune import tune
+from tsugiki.pipelines import run_training
 from tsugiki.quantizing import quantize_base
+from tsugiki.terminal import Terminal
 
 LENGTHS = (13, 27)
 IDS = torch.arange(sum(LENGTHS))[None] * 37 % 300
@@ -148,6 +150,15 @@ def test_quantised_folders_that_are_damaged(tmp_path: Path) -> None:
         load(tmp_path / "small", "int8")
     with pytest.raises(ModelError, match="not its 16-bit weights"):
         open_model(tmp_path / "small")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    asked = {
+        "output": tmp_path / "run", "model": {"name": str(tmp_path / "small")},
+        "data": {"path": tmp_path / "rows.jsonl"}, "train": {"method": "full"},
+    }  # fmt: skip
+    with pytest.raises(UsageError, match="weights in few bits cannot be changed") as caught:
+        run_training(build_config(asked), Terminal(as_json=True))
+    assert "--model" in str(caught.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:

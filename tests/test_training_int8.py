@@ -24,7 +24,7 @@ from tsugiki.data.example import Example
 from tsugiki.data.loader import Loader
 from tsugiki.device import Decisions, decide
 from tsugiki.errors import Interrupted, RunError, UsageError
-from tsugiki.kernels.int8 import Int8Weight
+from tsugiki.kernels.int8 import Int8Weight, int8_speedup
 from tsugiki.kernels.products import LowRank
 from tsugiki.memory import PROOF_TOKENS
 from tsugiki.models.flat import flat_loss, use_flat_attention
@@ -312,26 +312,32 @@ def test_int8_needs_a_frozen_base(place: Path) -> None:
 
 
 def test_where_int8_is_not_faster_it_says_so(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    probe: list[device.Speedup] = [int8_speedup]
+
     def reason(width: int = 1024, compute: str = "int8") -> tuple[str, str]:
-        found = decide("cpu", "float32", hidden_size=width, compute=compute)
+        found = decide("cpu", "float32", hidden_size=width, compute=compute, int8_speedup=probe[0])
         return found.compute, found.reasons.get("compute", "")
 
     assert reason(compute="bf16") == ("bf16", "")
     assert reason(64)[0] == "bf16"
     assert "hidden size 64" in reason(64)[1]
-    monkeypatch.setattr(device, "int8_speedup", lambda *_: 0.8)
+    probe[0] = lambda *_: 0.8
     assert reason() == ("bf16", "int8 is not faster here (probe: 0.8×); products stay in float32")
-    monkeypatch.setattr(device, "int8_speedup", lambda *_: 2.0)
+    probe[0] = lambda *_: 2.0
     assert reason()[0] == "int8"
 
     def missing(*_: object) -> float:
         raise RuntimeError("not implemented for 'Char'")
 
-    monkeypatch.setattr(device, "int8_speedup", missing)
+    probe[0] = missing
     assert "no int8 product" in reason()[1]
     begin(place, "slow", max_steps=2)
+    assert (
+        decide("cpu", hidden_size=64).allocator
+        == Decisions.from_json(files.read_json(place / "slow" / "decisions.json")).allocator
+    )
     assert f"--compute int8: hidden size 64 < {device.NARROW}" in capsys.readouterr().out
     assert proofs(place / "slow") == []
 
@@ -344,4 +350,5 @@ def test_decisions_of_older_runs_are_read() -> None:
 
 
 def test_the_probe_measures() -> None:
-    assert 0 < device.int8_speedup(512, torch.float32) < 100
+    assert 0 < int8_speedup(512, torch.float32) < 100
+    assert 0 < int8_speedup(512, torch.bfloat16) < 100

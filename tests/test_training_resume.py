@@ -120,6 +120,17 @@ def test_a_run_keeps_its_kernels(place: Path) -> None:
     assert files.read_json(place / "kept" / "decisions.json")["operations"] == plain
 
 
+def test_another_type_or_device_on_resume_is_said(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = read_yaml(place / "whole" / "config.yaml")
+    config = build_config(stored, {"model": {"dtype": "bfloat16"}})
+    run_training(config, Terminal(as_json=True), resume=place / "whole", dry_run=True)
+    said = capsys.readouterr().out
+    assert "--dtype bfloat16: this run goes on as it began, float32" in said
+    assert "--device" not in said
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(place: Path) -> None:
     shutil.copytree(place / "whole", place / "damaged")
     folder = place / "damaged" / "checkpoints"

@@ -76,9 +76,13 @@ def train(
                 f"{' and '.join(whole)} cannot be joined with --resume",
                 fix=f"tsugiki train --resume {resume} takes its settings from the run folder",
             )
-        stored = read_yaml(resume / "config.yaml") if resume.exists() else None
-        if stored is None:
-            raise UsageError(f"there is no run folder {resume}", fix="ls runs/")
+        if not (resume / "config.yaml").is_file():
+            run = next((p for p in resume.parents if (p / "config.yaml").is_file()), None)
+            fix = f"tsugiki train --resume {run}" if run else "ls runs/"
+            if resume.exists():
+                raise UsageError(f"{resume} is not a run folder", fix=fix)
+            raise UsageError(f"there is no run folder {resume}", fix=fix)
+        stored = read_yaml(resume / "config.yaml")
         run_config = build_config(stored, settings)
         for path, flag in (
             (run_config.data.path, "--data"),

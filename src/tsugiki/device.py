@@ -26,7 +26,11 @@ NARROW = 256
 WORTHWHILE = 1.3
 DTYPES = ("float32", "bfloat16", "float16")
 ROUNDS = 20  # of a probe: on a busy machine a few are all cut into
+KEEPING = "keeps freed pages"
 TENSOR_CORES = (7, 0)  # compute capability; before, fp16 is no faster than fp32, often slower
+
+
+Speedup = Callable[[int, torch.dtype], float]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Decisions:
     compute: str = "bf16"  # of the frozen products: in dtype, or int8
     # family of operations → torch, compiled or triton; kernels/backend.py fills it
     operations: dict[str, str] = field(default_factory=dict)
+    allocator: str = KEEPING  # or the system's
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -79,7 +84,7 @@ class Decisions:
         """
         _device(self.device)
         torch.set_num_threads(self.threads)
-        if self.device == "cpu":
+        if self.device == "cpu" and self.allocator == KEEPING:
             keep_pages()
 
 
@@ -90,8 +95,9 @@ def decide(
     hidden_size: int,
     stored_dtype: str | None = None,
     compute: str = "bf16",
+    int8_speedup: Speedup | None = None,
 ) -> Decisions:
-    """Choose device, dtype, threads and the type of the frozen products.
+    """Choose device, dtype, threads, allocator and the type of the frozen products.
 
     Args:
         device: auto, cpu, cuda, cuda:N or mps.
@@ -99,6 +105,7 @@ def decide(
         hidden_size: of the base; narrow models stay in fp32.
         stored_dtype: type of the checkpoint, for the reason only.
         compute: bf16 (that is, in dtype) or int8, which is taken only where it is faster.
+        int8_speedup: how many times faster int8 is here, by width and dtype; asked where int8 is.
 
     Raises:
         UsageError: a device that is not there.
@@ -115,8 +122,18 @@ def decide(
     why_threads = "OMP_NUM_THREADS" if given else f"{threads} usable cores"
     reasons = {"device": why_device, "dtype": why_dtype, "threads": why_threads}
     if compute == "int8":
-        compute, reasons["compute"] = choose_compute(chosen, kind, hidden_size)
-    return Decisions(chosen, kind, threads, reasons, compute)
+        assert int8_speedup is not None
+        compute, reasons["compute"] = choose_compute(chosen, kind, hidden_size, int8_speedup)
+    allocator, reasons["allocator"] = _allocator(chosen)
+    return Decisions(chosen, kind, threads, reasons, compute, allocator=allocator)
+
+
+def _allocator(device: str) -> tuple[str, str]:
+    if device != "cpu":
+        return "the system's", "tensors are on the GPU"
+    if _mallopt() is None:
+        return "the system's", "no glibc to tell"
+    return KEEPING, "fresh pages cost as much as the arithmetic on them"
 
 
 def keep_pages() -> bool:
@@ -126,14 +143,21 @@ def keep_pages() -> bool:
     pages costs more than the arithmetic on them: a product into fresh memory takes twice the time
     of one into memory used before.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # another C library
+    mallopt = _mallopt()
+    if mallopt is None:
         return False
     trim_threshold, mmap_max = -1, -4  # malloc.h
     return bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, 2**31 - 1))
+
+
+def _mallopt() -> Any:
+    """glibc's function, if this is glibc."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        return ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # another C library
+        return None
 
 
 def usable_cores() -> int:
@@ -202,7 +226,7 @@ def _dtype(device: str, hidden_size: int, stored: str | None) -> tuple[str, str]
     return "float32", f"bf16 is not faster here (probe: {ratio:.1f}×){suffix}"
 
 
-def choose_compute(device: str, dtype: str, hidden_size: int) -> tuple[str, str]:
+def choose_compute(device: str, dtype: str, hidden_size: int, speedup: Speedup) -> tuple[str, str]:
     """int8 or bf16 (that is, in dtype) where int8 is asked for, and why."""
     own = f"products stay in {dtype}"
     if device != "cpu":
@@ -210,7 +234,7 @@ def choose_compute(device: str, dtype: str, hidden_size: int) -> tuple[str, str]
     if hidden_size < NARROW:
         return "bf16", f"hidden size {hidden_size} < {NARROW}: int8 would not be faster; {own}"
     try:
-        ratio = int8_speedup(hidden_size, getattr(torch, dtype))
+        ratio = speedup(hidden_size, getattr(torch, dtype))
     except (RuntimeError, AttributeError) as error:
         return "bf16", f"this torch has no int8 product ({str(error).splitlines()[0]}); {own}"
     if ratio >= WORTHWHILE:
@@ -222,14 +246,6 @@ def bf16_speedup(device: str, width: int) -> float:
     """How many times faster a (256, width)·(width, 2·width) product is in bf16 than in fp32."""
     x, w = torch.randn(256, width, device=device), torch.randn(2 * width, width, device=device).T
     return _speedup(torch.matmul, (x, w), torch.matmul, (x.bfloat16(), w.bfloat16()))
-
-
-def int8_speedup(width: int, dtype: torch.dtype) -> float:
-    """How many times faster such a product of int8 codes is on this CPU than in a type."""
-    codes = torch.randint(-127, 128, (256, width), dtype=torch.int8)
-    weight = torch.randint(-127, 128, (2 * width, width), dtype=torch.int8).T
-    plain = codes.to(dtype), weight.to(dtype)
-    return _speedup(torch.matmul, plain, torch._int_mm, (codes, weight))
 
 
 Product = Callable[..., torch.Tensor]

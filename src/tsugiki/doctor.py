@@ -6,6 +6,7 @@ Knows no rows and loads no weights.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -84,7 +85,8 @@ def doctor(
     from rich.text import Text
 
     from tsugiki.device import choose_compute, decide
-    from tsugiki.kernels.backend import describe
+    from tsugiki.kernels.backend import describe, operations
+    from tsugiki.kernels.int8 import int8_speedup
 
     terminal = Terminal(as_json=as_json)
     width, stored, name = WIDTH, None, f"a base of width {WIDTH}"
@@ -96,19 +98,24 @@ def doctor(
         width, stored, name = spec.hidden_size, stored_dtype(spec.config), model
     decisions = decide(device, hidden_size=width, stored_dtype=stored)
     decisions.apply()
-    compute, why = choose_compute(decisions.device, decisions.dtype, width)
+    compute, why = choose_compute(decisions.device, decisions.dtype, width, int8_speedup)
     machine = look()
-    kernels, built = describe(_torch_device(decisions.device), decisions.torch_dtype)
+    place = _torch_device(decisions.device)
+    kernels, built = describe(place, decisions.torch_dtype)
+    taken = operations(place, decisions.torch_dtype)
+    decisions = dataclasses.replace(decisions, operations=taken)
     advice = list(advise(machine, decisions.device, decisions.dtype))
 
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for row in machine_rows(machine):
         table.add_row(*row)
-    for part in ("device", "dtype", "threads"):
+    for part in ("device", "dtype", "threads", "allocator"):
         reason = decisions.reasons.get(part, "")
         table.add_row(part, str(getattr(decisions, part)), reason)
     table.add_row("--compute int8", "would be used" if compute == "int8" else "not used", why)
     table.add_row("kernels", kernels, built)
+    for kind in sorted(set(taken.values())):
+        table.add_row(f"  {kind}", ", ".join(name for name, by in taken.items() if by == kind), "")
     terminal.heading(f"This machine, for {name}")
     terminal.say(
         "machine", table,

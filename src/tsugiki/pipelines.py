@@ -25,6 +25,7 @@ from tsugiki.device import Decisions, decide
 from tsugiki.errors import DataError, UsageError, ran_out
 from tsugiki.files import read_json, require_space
 from tsugiki.fitting import check_ids, count_trainable, facts_of, fit_to_memory
+from tsugiki.kernels import int8
 from tsugiki.kernels.backend import replay
 from tsugiki.models.load import (
     Base,
@@ -119,14 +120,17 @@ def run_prepared(
     return base, _train(session, base, folder, terminal, resumed=resumed)
 
 
-def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) -> Session:
-    """Everything before weights: base found, rows read and proven, values chosen."""
+def _refuse_full(config: RunConfig, got: str, fix: str) -> None:
     if config.train.method == "full" and config.model.quantize != "none":
         raise UsageError(
             "full fine-tuning changes every weight, and weights in few bits cannot be changed",
-            got=f"--method full --quantize {config.model.quantize}",
-            fix="leave one of them out",
-        )
+            got=f"--method full {got}", fix=fix,
+        )  # fmt: skip
+
+
+def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) -> Session:
+    """Everything before weights: base found, rows read and proven, values chosen."""
+    _refuse_full(config, f"--quantize {config.model.quantize}", "leave one of them out")
     path = find_data(config.data.path)
     config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
     resolved = resolve_model(config.model.name, config.model.revision)
@@ -137,6 +141,8 @@ def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) 
     if origin is not None:
         kept = config.model.model_copy(update={"quantize": origin.method})
         config = config.model_copy(update={"model": kept})
+        base = f"with {resolved.folder}, whose weights are {origin.method}"
+        _refuse_full(config, base, f"--model {origin.name or 'the base that it was made of'}")
     spec = ModelSpec.from_folder(resolved.folder, trust_remote_code=config.model.trust_remote_code)
     check_context(config.data.max_length, spec)
     tokenizer = load_tokenizer(resolved, trust_remote_code=config.model.trust_remote_code)
@@ -153,8 +159,12 @@ def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) 
             decisions = dataclasses.replace(decisions, compute="bf16")
     else:
         decisions = decide(
-            asked.device, asked.dtype, hidden_size=spec.hidden_size, compute=asked.compute
-        )
+            asked.device, asked.dtype, hidden_size=spec.hidden_size, compute=asked.compute,
+            int8_speedup=int8.int8_speedup,
+        )  # fmt: skip
+    for name, value in (("device", decisions.device), ("dtype", decisions.dtype)):
+        if getattr(asked, name) not in ("auto", value):
+            terminal.warn(f"--{name} {getattr(asked, name)}: this run goes on as it began, {value}")
     if asked.compute != decisions.compute:
         why = decisions.reasons.get("compute", "a run keeps the products that it began with")
         terminal.warn(f"--compute {asked.compute}: {why}")

@@ -17,15 +17,16 @@ from transformers import PreTrainedTokenizerBase
 
 from tsugiki.data.example import IGNORED, Example
 from tsugiki.data.rendering import CLOCK, Watch, check_template, today, with_date
-from tsugiki.data.repairs import forms
+from tsugiki.data.repairs import ENDED, forms, unended
 from tsugiki.data.row import Message, Row, RowProblem
 from tsugiki.data.templates import FALLBACKS
+from tsugiki.data.written import MARKER, Written
 from tsugiki.errors import DataError
 
-MARKER = "zxqj"
 DIFFERS = "the template renders the prompt differently once the answer is there"
 NO_CALLS = "this chat format writes no tool calls"
 LEFT_OUT = "the chat template leaves the system turn out"
+MARKED = "text with a start or end token of its own: not given twice"
 TEMPLATE_REFUSES = "the chat template refuses it"
 
 
@@ -51,7 +52,11 @@ class ChatFormat:
         self.template = None if name == "tokenizer" else FALLBACKS[name]
         self.repairs: Counter[str] = Counter()
         self.date: datetime.date | None = None
-        self._left_out: dict[object, bool] = {}  # by the roles of a conversation
+        self.written = Written(
+            lambda turns, answer_next, tools: self.render(
+                turns, answer_next=answer_next, tools=tools
+            )
+        )
         self._watch = Watch()
         if self.template is None:
             own = tokenizer.chat_template
@@ -77,6 +82,8 @@ class ChatFormat:
         self.stop_ids: tuple[int, ...] = tuple(
             dict.fromkeys(i for i in (found, self.eos) if i is not None)
         )
+        names = [str(tokenizer.convert_ids_to_tokens(i)) for i in self.stop_ids]
+        self.stops = tuple(name for name in names if set(self.encode(name)) & set(self.stop_ids))
 
     @classmethod
     def of(
@@ -216,10 +223,16 @@ class ChatFormat:
         answers = [i for i in answers if messages[i].trained]
         if not answers:
             raise RowProblem("no answer to train on but those of weight 0")
+        for i, message in enumerate(messages[: answers[-1] + 1]):
+            if message.extra and not self.written.calls(messages[: i + 1], row.tools):
+                raise RowProblem(f"turn {i + 1}: {NO_CALLS}")
+        every = [i for i, m in enumerate(messages) if m.role == "assistant"]
+        messages, ended = unended(messages, every, self.stops)
         if train_on == "last":
             answers = answers[-1:]
         silent = untrained if train_on == "everything" else []
         spans = [self._answer(messages, i, row) for i in answers]
+        self.repairs.update([ENDED] if ended else [])
         whole = spans[-1][0]
         key = _key(messages)
         if all(whole[: len(ids)] == ids for ids, _ in spans):
@@ -263,7 +276,7 @@ class ChatFormat:
         for candidate, names in forms(original):
             try:
                 self.render(candidate, answer_next=candidate[-1].role != "assistant", tools=tools)
-                if self._leaves_out(candidate, tools):
+                if self.template is None and not self.written.system(candidate, tools):
                     raise RowProblem(LEFT_OUT)
             except RowProblem as problem:
                 first = first or problem
@@ -271,24 +284,6 @@ class ChatFormat:
             yield candidate, names
         if first is not None:
             raise first
-
-    def _leaves_out(self, messages: tuple[Message, ...], tools: Sequence[Any] | None) -> bool:
-        """Whether the template prints less than every system turn; asked once for equal roles."""
-        roles = tuple((m.role, bool(m.content.strip())) for m in messages)
-        if self.template is not None or ("system", True) not in roles:
-            return False
-        if (roles, bool(tools)) not in self._left_out:
-            marks = {i: f"{MARKER}{i}x" for i, role in enumerate(roles) if role == ("system", True)}
-            marked = [
-                replace(m, content=marks[i]) if i in marks else m for i, m in enumerate(messages)
-            ]
-            try:
-                text = self.render(marked, answer_next=roles[-1][0] != "assistant", tools=tools)
-            except RowProblem:
-                return False  # it reads what the turn says; then it will print it too
-            missing = any(mark not in text.lower() for mark in marks.values())
-            self._left_out[roles, bool(tools)] = missing
-        return self._left_out[roles, bool(tools)]
 
     def _answer(self, messages: tuple[Message, ...], index: int, row: Row) -> tuple[list[int], int]:
         """Ids up to and with the stop token of the answer at `index`, and where it begins."""
@@ -309,8 +304,7 @@ class ChatFormat:
             raise RowProblem(f"turn {index + 1}: no stop token after the answer")
         end = len(tail) - tail[::-1].index(self.stop_id)
         if end < 2:
-            calls = f": {NO_CALLS}" if messages[index].extra else ""
-            raise RowProblem(f"turn {index + 1}: the answer has no tokens{calls}")
+            raise RowProblem(f"turn {index + 1}: the answer has no tokens")
         return ids[: len(prompt) + end], len(prompt)
 
     def _unopened(
@@ -362,14 +356,19 @@ class ChatFormat:
 
     def _raw(self, row: Row) -> Example:
         assert row.text is not None
-        ids = self.encode(row.text)
+        text, end = row.text, self.tokenizer.eos_token
+        if end and text.rstrip().endswith(end):
+            text = text.rstrip()
+        ids = self.encode(text)
         if not ids:
             raise RowProblem("the text has no tokens")
-        labels = list(ids)
-        if self.starts_with_bos and self.bos is not None:
-            ids, labels = [self.bos, *ids], [IGNORED, *labels]
-        if self.eos is not None:
-            ids, labels = [*ids, self.eos], [*labels, self.eos]
+        begun, ended = self.starts_with_bos and ids[0] == self.bos, ids[-1] == self.eos
+        self.repairs.update([MARKED] if begun or ended else [])
+        if self.starts_with_bos and self.bos is not None and not begun:
+            ids = [self.bos, *ids]
+        if self.eos is not None and not ended:
+            ids = [*ids, self.eos]
+        labels = [IGNORED if self.starts_with_bos and i == 0 else x for i, x in enumerate(ids)]
         return Example(tuple(ids), tuple(labels), row.source, row.text, row, raw=True)
 
     def _find_stop(self) -> int | None:

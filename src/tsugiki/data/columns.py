@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tsugiki.data.files import Record
+from tsugiki.data.layouts import INPUTS
 from tsugiki.data.row import Row, RowProblem, column_names, pair, raw_text, text_of
 from tsugiki.errors import DataError, did_you_mean
 
@@ -171,7 +172,7 @@ def propose(value: Mapping[str, Any]) -> tuple[str, ...]:
     )
     if answer is None and len(named) > 1:
         return ()  # the other columns hold what no flag names
-    more = [k for k in texts if k not in (prompt, answer) and _near([k], (*CONTEXT, "input"))]
+    more = [k for k in texts if k not in (prompt, answer) and _near([k], (*CONTEXT, *INPUTS))]
     if not set("{},=") & set(prompt + (answer or "")) and not more:
         roles = f"text={prompt}" if answer is None else f"prompt={prompt},answer={answer}"
         return "--columns", roles

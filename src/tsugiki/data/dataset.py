@@ -7,6 +7,7 @@ inner pieces of raw text, its stop token. Knows no model.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from tsugiki.data.files import Skipped, reasons
 from tsugiki.data.formats import Rows
 from tsugiki.data.lengths import fit
 from tsugiki.data.rendering import WAY_OUT
-from tsugiki.data.row import RowProblem
+from tsugiki.data.row import Message, RowProblem
 from tsugiki.data.turns import THOUGHTS
 from tsugiki.errors import DataError
 
@@ -205,7 +206,7 @@ def _counted(
 
 
 def _unwritten(rows: Rows, chat: ChatFormat) -> list[str]:
-    """Thoughts that the rows hold and the chat template does not write."""
+    """Thoughts and tools that the rows hold and the chat template does not write."""
     template = str(chat.template or chat.tokenizer.chat_template)
     held = Counter(
         key
@@ -213,10 +214,22 @@ def _unwritten(rows: Rows, chat: ChatFormat) -> list[str]:
         for key in {key for message in row.messages for key, _ in message.extra}
         if key in THOUGHTS and key not in template
     )
-    return [
+    told = [
         f"{key} of {count:,} rows is not trained: the chat template does not read it"
         for key, count in held.items()
     ]
+    with_tools = [row for row in rows.rows if row.tools and row.messages]
+    if with_tools and not chat.written.tools(_asked(with_tools[0].messages), with_tools[0].tools):
+        told.append(
+            f"tools of {len(with_tools):,} rows are not shown to the model: the chat template does "
+            "not read them"
+        )
+    return told
+
+
+def _asked(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Up to the first answer."""
+    return tuple(itertools.takewhile(lambda m: m.role != "assistant", messages))
 
 
 def _twins(kept: list[Example]) -> list[tuple[str, str]]:

@@ -76,7 +76,9 @@ def read_records(path: Path) -> Iterator[Record | Skipped | Note]:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not valid {error.encoding} (byte {error.start + 1})") from None
+        raise DataError(
+            f"{path} is not valid {error.encoding} (byte {error.start + 1})", fix=to_utf8(path)
+        ) from None
 
 
 def decode(raw: bytes) -> str:
@@ -122,8 +124,14 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
     """(line number, bytes) with CRLF and CR understood; None for a line beyond the limit."""
     with open(path, "rb") as stream:
         if stream.read(2) in UTF16_MARKS:
-            text = decode(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
-            yield from ((i, line.encode()) for i, line in enumerate(text.split("\n"), 1))
+            lost = b""
+            try:
+                text = decode(path.read_bytes())
+            except UnicodeDecodeError:  # those lines alone are lost: no UTF-8 either
+                text, lost = path.read_bytes().decode("utf-16", errors="replace"), b"\xff"
+            lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+            for number, line in enumerate(lines, 1):
+                yield number, line.encode() + (lost if "\ufffd" in line else b"")
             return
         stream.seek(0)
         number, rest = 0, b""
@@ -269,7 +277,7 @@ def _table(path: Path, delimiter: str) -> Iterator[Record | Skipped]:
     csv.field_size_limit(LINE_LIMIT)
     lines = _table_lines(path, bad)
     first, head = next(lines, (1, ""))
-    told = re.fullmatch(r"sep=(\W)\s*", head)  # what Excel asks for a delimiter with
+    told = re.fullmatch(r'sep=([^\w\s"]|\t| )\s*', head)  # what Excel asks for a delimiter with
     if told:
         delimiter, (first, head) = told[1], next(lines, (1, ""))
     elif delimiter not in head:  # as Excel writes it where the comma is the decimal point

@@ -21,9 +21,14 @@ PAIRS: dict[str, tuple[str, str]] = {
     "question/answer": ("question", "answer"),
     "instruction/response": ("instruction", "response"),
     "input/output": ("input", "output"),
+    "指示/回答": ("指示", "回答"),
+    "指示/出力": ("指示", "出力"),
+    "質問/回答": ("質問", "回答"),
 }
 LISTS = {"messages": "messages", "sharegpt": "conversations"}
-MORE = ("input", "context")  # columns that belong to the question and follow it
+MORE = ("input", "context", "入力", "文脈")  # columns that belong to the question and follow it
+INPUTS = ("input", "入力")
+INSTRUCTIONS = ("instruction", "指示")
 OBJECTS = re.compile(r"\s*\[\s*\{")  # a list of objects or of lists as JSON text
 PAIRED = re.compile(r"\s*\[\s*\[")
 
@@ -70,7 +75,7 @@ def by_layout(record: Record, layout: str) -> tuple[Row, tuple[str, ...]]:
         record.source,
         more="\n".join(text_of(value, name) for name in more),
         history=history,
-        instruction=prompt == "instruction",
+        instruction=prompt in INSTRUCTIONS,
     )
     optional = ("system",) if isinstance(value.get("system"), str) else ()
     return row, (prompt, *more, answer, *optional, *(("history",) if history else ()))
@@ -132,7 +137,7 @@ def _more(value: Mapping[str, Any], prompt: str) -> list[str]:
         for name in MORE
         if name != prompt
         and holds(value.get(name))
-        and (name == "input" or type(value[name]) in plain)
+        and (name in INPUTS or type(value[name]) in plain)
     ]
 
 

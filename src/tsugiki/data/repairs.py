@@ -5,12 +5,15 @@ Knows no template: which form one takes is found by rendering (`chat.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
-from tsugiki.data.row import Message
+from tsugiki.data.row import Message, RowProblem
 
 FOLDED = "system turn put into the first user turn"
 JOINED = "turns of one role joined"
+ENDED = "stop token that an answer ended with taken off"
 UNASKED = "opening answer that nothing asked for left out"
 
 Messages = tuple[Message, ...]
@@ -56,9 +59,47 @@ def _join_turns(messages: Messages) -> Messages:
     out: list[Message] = []
     for message in messages:
         alike = out and (out[-1].role, out[-1].trained) == (message.role, message.trained)
-        if alike and message.role in ("user", "assistant"):
-            joined = f"{out[-1].content}\n\n{message.content}"
-            out[-1] = Message(message.role, joined, trained=message.trained)
+        extra = _both(out[-1], message) if alike else None
+        if alike and message.role in ("user", "assistant") and extra is not None:
+            said = [m.content for m in (out[-1], message) if m.content]
+            out[-1] = Message(message.role, "\n\n".join(said), extra, message.trained)
         else:
             out.append(message)
     return tuple(out)
+
+
+def _both(one: Message, two: Message) -> tuple[tuple[str, Any], ...] | None:
+    """What two answers hold beside their text, calls after one another; None where it would not fit
+    into one. What a question holds beside it are its own parts, which the joined text has."""
+    if one.role != "assistant":
+        return ()
+    found = dict(one.extra)
+    for key, value in two.extra:
+        if key == "tool_calls":
+            found[key] = [*found.get(key, []), *value]
+        elif found.setdefault(key, value) != value:
+            return None
+    return tuple(found.items())
+
+
+def unended(
+    messages: Messages, answers: Sequence[int], stops: Sequence[str]
+) -> tuple[Messages, int]:
+    """Answers that end by a stop token, as in rows rendered before, without it; how many.
+
+    Raises:
+        RowProblem: a stop token before an answer's end, where chat would stop.
+    """
+    found = list(messages)
+    count = 0
+    for i in answers:
+        said = messages[i].content
+        while ended := next((s for s in stops if said.rstrip().endswith(s)), ""):
+            said = said.rstrip().removesuffix(ended)
+        inside = next((s for s in stops if s in said), None)
+        if inside is not None:
+            raise RowProblem(f"turn {i + 1}: {inside} before the answer's end")
+        if said != messages[i].content:
+            found[i] = replace(messages[i], content=said)
+            count += 1
+    return tuple(found), count

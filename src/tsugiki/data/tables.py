@@ -73,7 +73,7 @@ def split(lines: Iterator[tuple[int, str]], delimiter: str) -> Iterator[Cells]:
                 cells, problem = plain, None
         if any(cell.strip() for cell in cells):
             width = width or len(cells)
-        broken = problem is not None
+        broken = problem is not None and sum(text.count('"') for _, text in taken) % 2 == 1
         yield Cells(taken[0][0], taken[-1][0], cells, problem)
 
 

@@ -45,13 +45,27 @@ def refuse_packed(path: Path, suffix: str) -> None:
 def to_utf8(path: Path) -> str:
     """A command that makes UTF-8 of a text file, by the encoding in which it reads as Japanese."""
     raw = path.read_bytes()[: 1 << 20]
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "save it anew as UTF-8"  # UTF-16 that does not hold together
+    found = {name: text for name in ("cp932", "euc-jp") if (text := _japanese(raw, name))}
 
-    def kana(name: str) -> int:
-        return len(re.findall("[ぁ-んァ-ヶ]", raw.decode(name, errors="ignore")))
+    def kana(name: str) -> tuple[int, int]:
+        text = found[name]
+        return len(re.findall("[ぁ-んァ-ヶ]", text)), -len(re.findall("[ｦ-ﾟ]", text))
 
-    best = max("cp932", "euc-jp", key=kana)
-    name = best if kana(best) else "latin1"
-    return _iconv(name, path)
+    return _iconv(max(found, key=kana) if found else "latin1", path)
+
+
+def _japanese(raw: bytes, name: str) -> str:
+    """The text where it may be Japanese in this encoding, else ''.
+
+    Letters with accents can be read as kanji too, then mostly with a plain letter as second byte.
+    """
+    text = raw.decode(name, errors="ignore")
+    wide = [c.encode(name) for c in re.findall("[ぁ-んァ-ヶ一-鿿]", text)[:10_000]]
+    high = sum(code[1] >= 0x80 for code in wide)
+    lost = len(raw) - len(text.encode(name, errors="ignore"))
+    return text if 4 * high > len(wide) > 8 * lost else ""
 
 
 def _iconv(encoding: str, path: Path) -> str:

@@ -101,7 +101,7 @@ def causal_attention(
         seen = window if windowed else None
         out = block_attention(q, k, v, scale=scale, window=seen, softcap=softcap)
         return out.transpose(1, 2)
-    if softcap is None and sinks is None:
+    if softcap is None and sinks is None and scale > 0:  # torch's own has no other scales
         if not windowed:
             return F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=grouped

@@ -36,8 +36,8 @@ float weigh(const Attention& a, char* scores, int64_t row, int64_t seen, int64_t
     for (at = 0; at + SIDE <= seen; at += SIDE) {
         __m512 e[2];
         for (int i = 0; i < 2; ++i) {
-            e[i] = exponential(
-                _mm512_fmsub_ps(_mm512_load_ps(piece(scores, row, at + 16 * i)), scale, less));
+            const __m512 x = scaled(_mm512_load_ps(piece(scores, row, at + 16 * i)), scale);
+            e[i] = exponential(_mm512_sub_ps(x, less));
             all[i] = _mm512_add_ps(all[i], e[i]);
         }
         _mm512_store_si512(p + at, (__m512i)_mm512_cvtne2ps_pbh(e[1], e[0]));
@@ -45,9 +45,9 @@ float weigh(const Attention& a, char* scores, int64_t row, int64_t seen, int64_t
     for (; at < count; at += SIDE) {
         __m512 e[2];
         for (int i = 0; i < 2; ++i) {
-            const __m512 x = _mm512_load_ps(piece(scores, row, at + 16 * i));
+            const __m512 x = scaled(_mm512_load_ps(piece(scores, row, at + 16 * i)), scale);
             e[i] = _mm512_maskz_mov_ps(first(seen - at - 16 * i),
-                                       exponential(_mm512_fmsub_ps(x, scale, less)));
+                                       exponential(_mm512_sub_ps(x, less)));
             all[i] = _mm512_add_ps(all[i], e[i]);
         }
         _mm512_store_si512(p + at, (__m512i)_mm512_cvtne2ps_pbh(e[1], e[0]));
@@ -62,7 +62,7 @@ float weigh_some(const Attention& a, char* scores, int64_t row, int64_t query, i
     __m512 top = _mm512_set1_ps(r.best);
     for (int64_t at = 0; at < count; at += 16) {
         float* some = piece(scores, row, at);
-        __m512 x = _mm512_mul_ps(_mm512_load_ps(some), scale);
+        __m512 x = scaled(_mm512_load_ps(some), scale);
         if (a.cap > 0.0f) x = capped(x, a.cap);
         _mm512_store_ps(some, x);
         top = _mm512_mask_max_ps(top, a.seen(query, key + at), top, x);

@@ -90,6 +90,12 @@ void lay_tokens(const bfloat* from, int64_t stride, int64_t length, int64_t d, c
     }
 }
 
+// Scores times a factor, rounded: the largest minus itself is zero only so, and a compiler must not
+// join this with what follows.
+inline __m512 scaled(__m512 x, __m512 factor) {
+    return _mm512_mul_round_ps(x, factor, _MM_FROUND_CUR_DIRECTION);
+}
+
 inline __m512 capped(__m512 x, float cap) {
     alignas(64) float some[16];
     _mm512_store_ps(some, x);

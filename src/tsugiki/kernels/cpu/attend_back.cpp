@@ -73,15 +73,13 @@ struct Slopes {
             for (int64_t half = 0; half < 2; ++half) {
                 const int64_t at = 16 * half;
                 const __m512 norm = _mm512_set1_ps(norms[done]);
-                __m512 x = _mm512_load_ps(piece(scores, done, at)), slope = scale;
+                __m512 x = scaled(_mm512_load_ps(piece(scores, done, at)), scale), slope = scale;
                 if (a.cap > 0.0f) {
-                    x = capped(_mm512_mul_ps(x, scale), a.cap);
+                    x = capped(x, a.cap);
                     const __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.0f / a.cap));
                     slope = _mm512_mul_ps(scale, _mm512_fnmadd_ps(t, t, _mm512_set1_ps(1.0f)));
-                    e[half] = exponential(_mm512_sub_ps(x, norm));
-                } else {
-                    e[half] = exponential(_mm512_fmsub_ps(x, scale, norm));
                 }
+                e[half] = exponential(_mm512_sub_ps(x, norm));
                 if (!open) e[half] = _mm512_maskz_mov_ps(a.seen(query + done, key + at), e[half]);
                 const __m512 d = _mm512_load_ps(piece(upstream, done, at));
                 s[half] = _mm512_mul_ps(_mm512_mul_ps(e[half], slope),
