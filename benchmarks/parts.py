@@ -72,7 +72,7 @@ def parts_of(step: Callable[[], float], steps: int) -> dict[str, float]:
 def int8_share(model: nn.Module) -> float:
     """Of the operations of frozen products, forth and back, those that are in int8."""
     taken = whole = 0
-    for _, module in model.named_modules():
+    for module in model.modules():
         if projection(module) is None:
             continue
         weight = frozen_weight(module)

@@ -1,4 +1,4 @@
-"""Decides once, with the reason, which device, compute types and threads a run uses.
+"""Decides once, with the reason, which device, compute types, threads and allocator a run uses.
 
 A timing probe may choose otherwise on another day, so a run keeps its `Decisions` in
 `decisions.json` and replays them on resume. Knows nothing of models beyond their hidden size.
@@ -7,6 +7,7 @@ A timing probe may choose otherwise on another day, so a run keeps its `Decision
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 import time
@@ -245,22 +246,24 @@ def choose_compute(device: str, dtype: str, hidden_size: int, speedup: Speedup) 
 def bf16_speedup(device: str, width: int) -> float:
     """How many times faster a (256, width)·(width, 2·width) product is in bf16 than in fp32."""
     x, w = torch.randn(256, width, device=device), torch.randn(2 * width, width, device=device).T
-    return _speedup(torch.matmul, (x, w), torch.matmul, (x.bfloat16(), w.bfloat16()))
+    pairs = ((x, w), (x.bfloat16(), w.bfloat16()))
+    outs = [torch.matmul(*pair) for pair in pairs]
+
+    def product(which: int) -> None:
+        torch.matmul(*pairs[which], out=outs[which])
+        if outs[which].device.type == "mps":
+            torch.mps.synchronize()
+
+    wide, narrow = shortest(lambda: product(0), lambda: product(1))
+    return wide / narrow
 
 
-Product = Callable[..., torch.Tensor]
-Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-def _speedup(slow: Product, of_slow: Pair, fast: Product, of_fast: Pair) -> float:
-    """Ratio of the shortest times, taken in turns so that other work meets both."""
-    best = [float("inf")] * 2
-    outs = [slow(*of_slow), fast(*of_fast)]
+def shortest(*runs: Callable[[], object]) -> list[float]:
+    """The least seconds of each; they take turns, so that other work meets all."""
+    best = [math.inf] * len(runs)
     for _ in range(ROUNDS):
-        for which, (product, pair) in enumerate(((slow, of_slow), (fast, of_fast))):
+        for which, run in enumerate(runs):
             start = time.perf_counter()
-            product(*pair, out=outs[which])
-            if outs[which].device.type == "mps":
-                torch.mps.synchronize()
+            run()
             best[which] = min(best[which], time.perf_counter() - start)
-    return best[0] / best[1]
+    return best

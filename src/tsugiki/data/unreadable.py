@@ -59,7 +59,8 @@ def to_utf8(path: Path) -> str:
 def _japanese(raw: bytes, name: str) -> str:
     """The text where it may be Japanese in this encoding, else ''.
 
-    Letters with accents can be read as kanji too, then mostly with a plain letter as second byte.
+    Letters with accents can be read as kanji too, then mostly with a plain letter as second byte;
+    and of the other encoding's bytes many cannot be read at all.
     """
     text = raw.decode(name, errors="ignore")
     wide = [c.encode(name) for c in re.findall("[ぁ-んァ-ヶ一-鿿]", text)[:10_000]]

@@ -13,8 +13,6 @@ Shapes: T rows of an input, weight (out, in), K the dimension that is summed ove
 
 from __future__ import annotations
 
-import math
-import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tsugiki.device import shortest
 from tsugiki.kernels.backend import compiled_bodies
 from tsugiki.kernels.int8_rows import Int8Codes, quantize_int8
 from tsugiki.kernels.linear import DenseWeight, FrozenWeight
@@ -41,7 +40,6 @@ PRODUCTS = 1 << 23  # int32 products in memory at a time: 32 MB
 TALLEST = 2048  # rows of one product: so that it is wide enough to use the weight well
 GROUP = 1 << 14  # K with one scale a row; the head's gradient has a few large entries in 150,000
 DEEPEST = 1 << 17  # K whose sum of products of two codes fits in int32
-ROUNDS_OF_PROBE = 20  # on a busy machine a few are all cut into
 NOISE = 1 << 20  # entries of the table that chance comes from
 _TINY = 1e-30  # scale of a row of zeros
 
@@ -305,16 +303,15 @@ def int8_speedup(width: int, dtype: torch.dtype) -> float:
     weight is in int8 on this CPU, as a run computes both; rounding the input included."""
     x = torch.randn(256, width).to(dtype)
     plain, scratch = DenseWeight(torch.randn(2 * width, width).to(dtype)), Scratch()
-    best = [math.inf] * 2
-    weights: tuple[FrozenWeight, ...] = (plain, Int8Weight.of(plain, scratch))
+    int8 = Int8Weight.of(plain, scratch)
+
+    def rounded() -> None:
+        scratch.forget()
+        int8.matmul(x)
+
     with torch.no_grad():
-        for _ in range(ROUNDS_OF_PROBE):  # in turns, so that other work meets both
-            for which, weight in enumerate(weights):
-                scratch.forget()
-                began = time.perf_counter()
-                weight.matmul(x)
-                best[which] = min(best[which], time.perf_counter() - began)
-    return best[0] / best[1]
+        wide, narrow = shortest(lambda: plain.matmul(x), rounded)
+    return wide / narrow
 
 
 def _add_apart(y: Tensor, x: Tensor, apart: Apart, matrix: Tensor) -> None:
