@@ -33,12 +33,12 @@ from benchmarks.real_data import SETS
 from tsugiki.adapters.storage import load_adapter
 from tsugiki.config import build_config
 from tsugiki.data.dataset import prepare
+from tsugiki.data.example import Example
 from tsugiki.data.formats import read_rows
 from tsugiki.errors import NonFiniteError
 from tsugiki.models.load import load_base
 from tsugiki.pipelines import Session, prepare_session, run_prepared
 from tsugiki.terminal import Terminal
-from tsugiki.training.events import TrainResult
 from tsugiki.training.objective import held_out_loss
 
 RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
@@ -98,19 +98,24 @@ def near(runs: list[Run]) -> list[float]:
     return sorted([best, *beside])
 
 
-def run(
-    values: dict[str, Any], test_file: Path, folder: Path
-) -> tuple[Session, TrainResult, float, float]:
-    """One run of the pipeline: how it was planned and ended, test loss before and after it."""
-    terminal = Terminal(as_json=True)
-    session = prepare_session(build_config({**values, "output": folder}), terminal, None)
-    result = run_prepared(session, folder, terminal)[1]
-    test_rows = read_rows(test_file, columns=values["data"].get("columns"))
-    test = prepare(test_rows, session.chat, max_length=session.spec.context, eval_ratio=0).train
-    base = load_base(session.resolved, dtype=session.decisions.torch_dtype)
-    before = held_out_loss(base, test[:TEST_ROWS])
-    load_adapter(base.model, result.adapter)
-    return session, result, before, held_out_loss(base, test[:TEST_ROWS])
+class Test:
+    """Test rows as one base reads them, and its loss on them; read for the first run of a cell."""
+
+    def __init__(self, file: Path, columns: Any) -> None:
+        self.file, self.columns = file, columns
+        self.rows: list[Example] = []
+        self.before = math.nan
+
+    def after(self, session: Session, adapter: Path) -> float:
+        """Loss of the base with an adapter."""
+        base = load_base(session.resolved, dtype=session.decisions.torch_dtype)
+        if not self.rows:
+            rows = read_rows(self.file, columns=self.columns)
+            made = prepare(rows, session.chat, max_length=session.spec.context, eval_ratio=0)
+            self.rows = made.train[:TEST_ROWS]
+            self.before = held_out_loss(base, self.rows)
+        load_adapter(base.model, adapter)
+        return held_out_loss(base, self.rows)
 
 
 def sweep(cell: Cell, runs: list[Run], folder: Path, *, full: bool) -> Iterator[Run]:
@@ -121,6 +126,7 @@ def sweep(cell: Cell, runs: list[Run], folder: Path, *, full: bool) -> Iterator[
     begin = seed * count if (seed + 1) * count <= len(lines) else 0
     rows = folder / "rows.jsonl"
     rows.write_text("".join(lines[begin : begin + count]), encoding="utf-8")
+    test = Test(test_file, options.get("columns"))
     fixed = {"seed": seed, "sample_prompt": ["Hello"]}
     known = {"base": base, "data": data, "asked rows": count, "seed": seed}
     known["rows"] = len(lines[begin : begin + count])
@@ -134,15 +140,20 @@ def sweep(cell: Cell, runs: list[Run], folder: Path, *, full: bool) -> Iterator[
         found: Run = {**known, "default": default}
         began = time.monotonic()
         try:
-            session, ended, before, after = run(values, test_file, folder / "run")
+            terminal = Terminal(as_json=True)
+            config = build_config({**values, "output": folder / "run"})
+            session = prepare_session(config, terminal, None)
+            ended = run_prepared(session, folder / "run", terminal)[1]
+            after = test.after(session, ended.adapter)
         except NonFiniteError:
             if not asked:
                 raise
             found |= {"rate": asked[0], "epochs": asked[1], "valid": None, "test": None}
         else:
             train = session.plan.config.train
-            found |= {"rate": train.learning_rate, "epochs": train.epochs, "before": before}
-            found |= {"valid": ended.best_loss, "test": after, "dtype": session.decisions.dtype}
+            found |= {"rate": train.learning_rate, "epochs": train.epochs}
+            found |= {"before": test.before, "valid": ended.best_loss, "test": after}
+            found |= {"dtype": session.decisions.dtype}
         shutil.rmtree(folder / "run", ignore_errors=True)
         if not default:
             swept.append(found)

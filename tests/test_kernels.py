@@ -63,7 +63,7 @@ def test_blocks_of_queries_are_the_reference(
     window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values and gradients to fp64's rounding; in bf16 no further from them than the reference."""
-    monkeypatch.setattr(attention, "tiles_attend", lambda *_: False)
+    monkeypatch.setattr(attention, "bodies_attend", lambda *_: False)
     lengths, total = (200, 50, 130), 380
     generator = torch.Generator().manual_seed(0)
     given = [torch.randn(1, h, total, 8, generator=generator) for h in (4, 2, 2)]

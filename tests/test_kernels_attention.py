@@ -1,4 +1,4 @@
-"""Attention in tiles against documents one after the other in fp64."""
+"""Compiled attention, bf16 in tiles and fp32 in rows, against documents one by one in fp64."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from tsugiki.kernels import attention, backend
 from tsugiki.kernels.attention import packed_attention, reference_attention
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.kernels.cpu import tiles
-from tsugiki.kernels.tile_attention import tiles_attend
+from tsugiki.kernels.cpu.build import library
+from tsugiki.kernels.fused_attention import bodies_attend
 
-pytestmark = pytest.mark.skipif(
+in_tiles = pytest.mark.skipif(
     not tiles.ready(), reason="this CPU has no AMX and no AVX512-BF16, or no compiler"
 )
+in_rows = pytest.mark.skipif(library()[0] is None, reason="no compiler")
+BF16 = pytest.param(torch.bfloat16, marks=in_tiles)
+FP32 = pytest.param(torch.float32, marks=in_rows)
+BOTH = pytest.mark.parametrize("dtype", [BF16, FP32])
 CASES = [
     # heads, of keys, width, documents, window, softcap
     (2, 2, 64, (32,), None, None),
@@ -34,9 +39,9 @@ CASES = [
 ]
 
 
-def draw(heads: int, tokens: int, width: int) -> Tensor:
+def draw(heads: int, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
     """(1, H, T, d) as a layer gives it: tokens first in memory."""
-    return torch.randn(1, tokens, heads, width).bfloat16().transpose(1, 2)
+    return torch.randn(1, tokens, heads, width).to(dtype).transpose(1, 2)
 
 
 def numbers(
@@ -51,16 +56,17 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
 
 
+@BOTH
 @pytest.mark.parametrize(("heads", "keys", "width", "lengths", "window", "softcap"), CASES)
-def test_it_is_nearer_to_exact_than_plain_products(
+def test_it_is_as_near_to_exact_as_plain_products(
     monkeypatch: pytest.MonkeyPatch, heads: int, keys: int, width: int, lengths: tuple[int, ...],
-    window: int | None, softcap: float | None,
+    window: int | None, softcap: float | None, dtype: torch.dtype,
 ) -> None:  # fmt: skip
     torch.manual_seed(sum(lengths))
     tokens, scale = sum(lengths), 1.5 * width**-0.5
-    inputs = [draw(h, tokens, width) for h in (heads, keys, keys)]
-    grad = torch.randn(1, tokens, heads, width).bfloat16()
-    assert tiles_attend(*inputs), "the tiles are what is tested"
+    inputs = [draw(h, tokens, width, dtype) for h in (heads, keys, keys)]
+    grad = torch.randn(1, tokens, heads, width).to(dtype)
+    assert bodies_attend(*inputs), "the bodies are what is tested"
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return packed_attention(
@@ -76,20 +82,25 @@ def test_it_is_nearer_to_exact_than_plain_products(
     found = numbers(run, inputs, grad)
     with torch.no_grad():
         assert torch.equal(run(*inputs), found[0]), "training and evaluation agree"
-    monkeypatch.setattr(attention, "tiles_attend", lambda *_: False)
-    plain = numbers(run, inputs, grad)
+    monkeypatch.setattr(attention, "bodies_attend", lambda *_: False)
+    half = dtype == torch.bfloat16
+    plain = numbers(run if half else exactly, inputs, grad)
     for name, ours, theirs in zip(
         ("out", "q", "k", "v"), errors(found, exact), errors(plain, exact), strict=True
     ):
+        # in fp32 the gradient of a score is the difference of two sums, one of them by way of the
+        # output: short documents show it; and a cap's tanh is taken from e^x
+        bound = 1.05 if half else 1.5 if name in "qk" or softcap else 1.2
         # window 1: each token sees itself alone, so scores have no gradient but rounding
-        assert ours <= 1.05 * theirs or (window == 1 and name in "qk"), name
+        assert ours <= bound * theirs or (window == 1 and name in "qk"), name
 
 
-def test_threads_and_neighbours_change_nothing() -> None:
+@BOTH
+def test_threads_and_neighbours_change_nothing(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     lengths = (70, 200, 5)
-    q, k, v = (draw(h, sum(lengths), 64) for h in (4, 2, 2))
-    grad = torch.randn(1, sum(lengths), 4, 64).bfloat16()
+    q, k, v = (draw(h, sum(lengths), 64, dtype) for h in (4, 2, 2))
+    grad = torch.randn(1, sum(lengths), 4, 64).to(dtype)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return packed_attention(q, k, v, ForwardBatch(lengths), scale=0.2)
@@ -112,6 +123,7 @@ def test_threads_and_neighbours_change_nothing() -> None:
         assert torch.equal(one, two[:, :, part])
 
 
+@BOTH
 @settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 150), min_size=1, max_size=5).map(tuple),
@@ -119,21 +131,22 @@ def test_threads_and_neighbours_change_nothing() -> None:
     groups=st.sampled_from([(2, 1), (3, 3), (6, 2)]),
 )
 def test_any_lengths_and_windows(
-    lengths: tuple[int, ...], window: int | None, groups: tuple[int, int]
+    dtype: torch.dtype, lengths: tuple[int, ...], window: int | None, groups: tuple[int, int]
 ) -> None:
     torch.manual_seed(len(lengths))
     tokens = sum(lengths)
-    q, k, v = draw(groups[0], tokens, 32), draw(groups[1], tokens, 32), draw(groups[1], tokens, 32)
+    q, k, v = (draw(heads, tokens, 32, dtype) for heads in (groups[0], groups[1], groups[1]))
     out = packed_attention(q, k, v, ForwardBatch(lengths), scale=0.2, window=window)
     exact = reference_attention(
         q.double(), k.double(), v.double(), lengths, scale=0.2, window=window
     )
-    assert errors([out], [exact])[0] < 0.004
+    assert errors([out], [exact])[0] < (0.004 if dtype == torch.bfloat16 else 1e-6)
 
 
-def test_what_is_not_a_number_stays_one_and_stays_in_its_document() -> None:
+@BOTH
+def test_what_is_not_a_number_stays_one_and_stays_in_its_document(dtype: torch.dtype) -> None:
     torch.manual_seed(1)
-    q, k, v = (draw(2, 100, 32) for _ in range(3))
+    q, k, v = (draw(2, 100, 32, dtype) for _ in range(3))
     k[0, 0, 10] = float("nan")
     out = packed_attention(q, k, v, ForwardBatch((60, 40)), scale=0.2)
     lost = out.isnan().any(-1)[0]
@@ -143,11 +156,12 @@ def test_what_is_not_a_number_stays_one_and_stays_in_its_document() -> None:
     assert not lost[60:].any()
 
 
-def test_values_of_another_width() -> None:
+@BOTH
+def test_values_of_another_width(dtype: torch.dtype) -> None:
     torch.manual_seed(2)
-    q, k, v = draw(4, 100, 48), draw(2, 100, 48), draw(2, 100, 40)
-    assert tiles_attend(q, k, v)
-    grad = torch.randn(1, 100, 4, 40).bfloat16()
+    q, k, v = (draw(heads, 100, width, dtype) for heads, width in ((4, 48), (2, 48), (2, 40)))
+    assert bodies_attend(q, k, v)
+    grad = torch.randn(1, 100, 4, 40).to(dtype)
 
     def exactly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return reference_attention(q, k, v, (60, 40), scale=0.2)
@@ -162,28 +176,32 @@ def test_values_of_another_width() -> None:
     assert max(errors(found, exact)) < 0.01
 
 
-def test_other_widths_and_types_go_elsewhere() -> None:
-    q = draw(2, 40, 288)
-    assert not tiles_attend(q, q, q), "288 is more than a core's cache holds"
-    assert not tiles_attend(q.float(), q.float(), q.float())
+@BOTH
+def test_other_widths_and_types_go_elsewhere(dtype: torch.dtype) -> None:
+    q = draw(2, 40, 288, dtype)
+    assert not bodies_attend(q, q, q), "288 is more than a core's cache holds"
+    assert not bodies_attend(q.double(), q.double(), q.double())
     out = packed_attention(q, q, q, ForwardBatch((40,)), scale=0.2)
     assert out.isfinite().all()
-    q = draw(2, 40, 64)
-    backend.hold_plain(["tiles"])
+    q = draw(2, 40, 64, dtype)
+    backend.hold_plain(["tiles", "attention"])
     try:
-        assert not tiles_attend(q, q, q), "a run that began without tiles goes on without"
+        assert not bodies_attend(q, q, q), "a run that began without them goes on without"
     finally:
         backend.hold_plain([])
 
 
+@BOTH
 @pytest.mark.parametrize("width", [48, 64, 80])
 @pytest.mark.parametrize("size", [1e3, 1e4, 1e6])
-def test_scores_beyond_all_measure_stay_numbers(width: int, size: float) -> None:
+def test_scores_beyond_all_measure_stay_numbers(
+    width: int, size: float, dtype: torch.dtype
+) -> None:
     """One key takes it all: the score minus itself must be zero, whatever the factor rounds."""
     torch.manual_seed(3)
-    q, k, v = (draw(2, 150, width) for _ in range(3))
+    q, k, v = (draw(2, 150, width, dtype) for _ in range(3))
     q, k = q * size, k * size
-    grad = torch.randn(1, 150, 2, width).bfloat16()
+    grad = torch.randn(1, 150, 2, width).to(dtype)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return packed_attention(q, k, v, ForwardBatch((150,)), scale=width**-0.5)
@@ -203,7 +221,7 @@ def test_scores_beyond_all_measure_stay_numbers(width: int, size: float) -> None
 @pytest.mark.parametrize("length", [20, 100])
 def test_scales_that_torch_has_not(scale: float, dtype: torch.dtype, length: int) -> None:
     torch.manual_seed(4)
-    q, k, v = (draw(2, length, 32).to(dtype) for _ in range(3))
+    q, k, v = (draw(2, length, 32, dtype) for _ in range(3))
     out = packed_attention(q, k, v, ForwardBatch((length,)), scale=scale)
     exact = reference_attention(
         q.double(), k.double(), v.double(), (length,), scale=scale

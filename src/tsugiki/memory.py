@@ -16,7 +16,7 @@ from tsugiki.config import RunConfig
 from tsugiki.kernels import loss, nf4, quantized
 from tsugiki.kernels.blocks import BLOCK, KEEP
 from tsugiki.kernels.cpu.tiles import FEW, SIDE
-from tsugiki.kernels.tile_attention import WIDEST
+from tsugiki.kernels.fused_attention import WIDEST
 from tsugiki.models.spec import ModelSpec
 
 # Measured: what a process that trains holds beyond one that has read rows and config (libraries
@@ -149,7 +149,7 @@ def proof_tokens(parameters: int) -> int:
     return max(PROOF_TOKENS, PROOF_WORK // parameters)
 
 
-def layer_bytes(shape: Shape, config: RunConfig, batch: Pass, width: int, tiles: bool) -> int:
+def layer_bytes(shape: Shape, config: RunConfig, batch: Pass, width: int, fused: bool) -> int:
     """What one layer keeps for the backward pass."""
     ranks = config.lora.r * 7
     per_token = width * (
@@ -160,9 +160,9 @@ def layer_bytes(shape: Shape, config: RunConfig, batch: Pass, width: int, tiles:
         + ranks
     )  # fmt: skip
     head = shape.query // shape.heads
-    if tiles and head <= WIDEST:
-        per_token += 4 * shape.heads  # one number a query
-        if head % SIDE:  # up to whole tiles, and the output again without what was added
+    if fused and head <= WIDEST:
+        per_token += 2 * width * shape.heads  # a number a query, in fp32 two
+        if width == 2 and head % SIDE:  # up to whole tiles, and the output again as it was
             more = (head // SIDE + 1) * SIDE / head - 1
             per_token += int(width * (more * 2 * (shape.query + shape.key) + shape.query))
     elif batch.longest <= KEEP:  # probabilities of blocks of queries
@@ -183,7 +183,7 @@ def head_bytes(shape: Shape, batch: Pass, width: int, one_pass: bool) -> int:
 
 def predict(
     spec: ModelSpec, config: RunConfig, batch: Pass, held_out_tokens: int, width: int,
-    trainable: int, *, resident: int | None = None, int8: bool = False, tiles: bool = False,
+    trainable: int, *, resident: int | None = None, int8: bool = False, fused: bool = False,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes by part at the peak of a run.
 
@@ -194,15 +194,15 @@ def predict(
         trainable: parameters that will be trained.
         resident: what the process holds before weights are loaded; asked of the system when None.
         int8: frozen products are int8, and proven against fp32.
-        tiles: attention goes in tiles, the head too but in int8, and they keep less.
+        fused: attention keeps no scores, and bf16's head, but in int8, goes in tiles too.
     """
     shape = shape_of(spec)
     if resident is None:
         resident = int(psutil.Process().memory_info().rss)
     full = config.train.method == "full"
     quantize = config.model.quantize
-    one_pass = tiles and not int8
-    kept, step = step_bytes(shape, config, batch, width, tiles, one_pass)
+    one_pass = fused and width == 2 and not int8
+    kept, step = step_bytes(shape, config, batch, width, fused, one_pass)
     few = min(EVAL_TOKENS, held_out_tokens)
     looking = few * width * (3 * shape.inner + 6 * shape.hidden) + head_bytes(
         shape, Pass(few, batch.longest, few), width, one_pass
@@ -215,7 +215,7 @@ def predict(
         tokens = min(batch.tokens, max(batch.longest, proof_tokens(spec.parameters)))
         wide = Pass(tokens, batch.longest, min(batch.labelled, tokens))
         # gradients in fp32 of both, and B as it was
-        proving = max(proving, step_bytes(shape, config, wide, 4, False, False)[1] + 12 * trainable)
+        proving = max(proving, step_bytes(shape, config, wide, 4, fused, False)[1] + 12 * trainable)
     return {
         "process": resident + LATE_BYTES,
         "weights": weights + workspace_bytes(shape, quantize, width),
@@ -227,10 +227,10 @@ def predict(
 
 
 def step_bytes(
-    shape: Shape, config: RunConfig, batch: Pass, width: int, tiles: bool, one_pass: bool
+    shape: Shape, config: RunConfig, batch: Pass, width: int, fused: bool, one_pass: bool
 ) -> tuple[int, int]:
     """What all layers keep for the backward pass, and that with what passes by at the peak."""
-    one = layer_bytes(shape, config, batch, width, tiles)
+    one = layer_bytes(shape, config, batch, width, fused)
     head = head_bytes(shape, batch, width, one_pass)
     if config.train.method == "full":  # plain modules and whole logits
         wide = 12 * shape.hidden + 6 * shape.key + 3 * shape.wide

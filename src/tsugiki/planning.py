@@ -267,9 +267,9 @@ def predict_memory(
     held_out = facts.held_out * facts.longest
     resident = CUDA_BYTES if decisions.device.startswith("cuda") else None
     int8 = decisions.compute == "int8" and config.train.method == "lora"
-    tiles = short and decisions.operations.get("tiles") == "compiled"
+    fused = decisions.operations.get("tiles" if short else "attention") == "compiled"
     return predict(
-        spec, config, batch, held_out, width, trainable, resident=resident, int8=int8, tiles=tiles
+        spec, config, batch, held_out, width, trainable, resident=resident, int8=int8, fused=fused
     )
 
 

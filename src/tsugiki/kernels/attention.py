@@ -1,6 +1,6 @@
 """Causal attention of documents that lie end to end, each seeing only itself.
 
-A CPU's tiles take them as they lie (`tile_attention.py`). Elsewhere documents of similar
+Compiled bodies take them as they lie (`fused_attention.py`). Elsewhere documents of similar
 length are padded side by side and computed together; padding stands after their ends, where
 causality keeps it unseen, so the plain case needs no mask. Sliding windows, soft caps (Gemma 2) and
 sinks (gpt-oss) take explicit masks and softmax. Knows no model and no cache.
@@ -15,7 +15,7 @@ from torch import Tensor
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.kernels.blocks import block_attention
 from tsugiki.kernels.flash import flash_attention, flash_runs
-from tsugiki.kernels.tile_attention import tile_attention, tiles_attend
+from tsugiki.kernels.fused_attention import bodies_attend, fused_attention
 
 BLOCKS_FROM = 48  # tokens: below, one call of ATen's attention costs less than several products
 
@@ -55,8 +55,8 @@ def packed_attention(
     assert tokens == batch.tokens, f"{tokens} tokens in a batch of {batch.tokens}"
     if softcap is None and sinks is None and flash_runs(q, k, v):
         return flash_attention(q, k, v, batch.lengths, scale=scale, window=window)
-    if sinks is None and tiles_attend(q, k, v):
-        return tile_attention(q, k, v, batch.lengths, scale=scale, window=window, softcap=softcap)
+    if sinks is None and bodies_attend(q, k, v):
+        return fused_attention(q, k, v, batch.lengths, scale=scale, window=window, softcap=softcap)
     if len(batch.lengths) == 1:
         out = causal_attention(q, k, v, scale=scale, window=window, softcap=softcap, sinks=sinks)
         return out.transpose(1, 2)

@@ -25,7 +25,7 @@ FAMILIES = (
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Before compute capability 8 Triton multiplies without tensor cores, and spills what it holds.
 PRODUCTS = ("lowrank", "product", "nf4_product")
-ON_CPU = ("norms", "activations", "loss", "dropout", "nf4", "int8", "tiles")
+ON_CPU = ("norms", "activations", "loss", "dropout", "nf4", "int8", "tiles", "attention")
 
 _plain: set[str] = set()
 

@@ -8,7 +8,6 @@ where a thread finds no room for its tiles. Knows no layers.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,47 +142,3 @@ def _lowrank(
 def _wide(x: Tensor, rank: int, scale: float, bits: Bits | None) -> list[Argument]:
     table, places, rows = bits or (None, None, 1)
     return [*x.shape, rank, table, places, rows, float(scale)]
-
-
-class Documents(NamedTuple):
-    """How attention goes: lengths (n,) int64 of documents that lie end to end, a factor on scores,
-    how many tokens each sees, and c of c·tanh(x / c)."""
-
-    lengths: Tensor
-    scale: float
-    window: int | None
-    softcap: float | None
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, how: Documents) -> tuple[Tensor, Tensor]:
-    """Causal attention, bf16: q (H, T, d), k and v (Hkv, T, d), d in 32s → (T, H, d), and
-    log Σ e^score (H, T) for the way back."""
-    heads, tokens, width = q.shape
-    out, norms = q.new_empty(tokens, heads, width), torch.empty(heads, tokens)
-    _attention("attend", q, k, v, how, out, norms)
-    return out, norms
-
-
-def attend_back(
-    q: Tensor, k: Tensor, v: Tensor, how: Documents, out: Tensor, norms: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq (T, H, d), dk and dv (T, Hkv, d) of grad (T, H, d), contiguous; out and norms as
-    `attend` gave them."""
-    heads, tokens, width = q.shape
-    grad_q = torch.empty_like(out)
-    grad_k, grad_v = (out.new_empty(tokens, k.shape[0], width) for _ in range(2))
-    parts = torch.empty(2, heads, tokens, width)
-    _attention("attend_back", q, k, v, how, out, grad, norms, grad_q, grad_k, grad_v, *parts)
-    return grad_q, grad_k, grad_v
-
-
-def _attention(name: str, q: Tensor, k: Tensor, v: Tensor, how: Documents, *given: Tensor) -> None:
-    heads, tokens, width = q.shape
-    assert int(how.lengths.sum()) == tokens
-    assert all(x.is_contiguous() for x in given)
-    strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
-    sizes = (len(how.lengths), heads, k.shape[0], width, tokens)
-    limits = (float(how.scale), float(how.softcap or 0), how.window or 0)
-    if not call(name, q, q, k, v, how.lengths, *sizes, *strides, *limits, *given):
-        longest = int(how.lengths.max())
-        raise MemoryError(f"no memory for the tiles of attention over {longest} tokens")

@@ -1,8 +1,9 @@
-"""Attention of packed documents in a CPU's tiles, without a matrix of scores in memory.
+"""Attention of packed documents by compiled bodies, without a matrix of scores in memory: bf16 in
+a CPU's tiles, fp32 in its vector registers.
 
-What is kept for the way back are its inputs, its output and one number a query. Documents are rows
-of the flat batch, as they lie. Heads that tiles do not divide into get columns of zeros, which no
-score and no result notices. Knows no cache and no sinks.
+What is kept for the way back are its inputs, its output and a number or two a query. Documents are
+rows of the flat batch, as they lie. Heads that tiles do not divide into get columns of zeros, which
+no score and no result notices. Knows no cache and no sinks.
 """
 
 from __future__ import annotations
@@ -15,22 +16,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tsugiki.kernels.backend import compiled_bodies
-from tsugiki.kernels.cpu import tiles
-from tsugiki.kernels.cpu.tiles import SIDE, Documents
+from tsugiki.kernels.cpu.attention import Documents, attend, attend_back
+from tsugiki.kernels.cpu.tiles import SIDE
 
 WIDEST = 256  # of a head: a block of queries and what belongs to it stay in a core's cache
 
 
-def tiles_attend(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the tiles take these: bf16, and heads not too wide."""
+FAMILIES = {torch.bfloat16: "tiles", torch.float32: "attention"}
+
+
+def bodies_attend(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether compiled bodies take these: bf16 or fp32, and heads not too wide."""
     return (
-        q.dtype == k.dtype == v.dtype == torch.bfloat16
+        q.dtype == k.dtype == v.dtype
+        and q.dtype in FAMILIES
         and max(q.shape[-1], v.shape[-1]) <= WIDEST
-        and compiled_bodies(q, "tiles") is not None
+        and compiled_bodies(q, FAMILIES[q.dtype]) is not None
     )
 
 
-def tile_attention(
+def fused_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -58,18 +63,20 @@ def tile_attention(
     """
     how = Documents(torch.tensor(lengths), scale, window, softcap)
     given = v.shape[-1]
-    width = -(-max(q.shape[-1], given) // SIDE) * SIDE
+    width = max(q.shape[-1], given)
+    if q.dtype == torch.bfloat16:
+        width = -(-width // SIDE) * SIDE
     q, k, v = (t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
-    out = _Tiles.apply(q, k, v, how)  # type: ignore[no-untyped-call]
+    out = _Fused.apply(q, k, v, how)  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
     return out[..., :given]
 
 
-class _Tiles(torch.autograd.Function):
+class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: Documents) -> Tensor:
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-        out, norms = tiles.attend(q[0], k[0], v[0], how)
+        out, norms = attend(q[0], k[0], v[0], how)
         ctx.how = how
         ctx.save_for_backward(q, k, v, out, norms)
         return out[None]
@@ -79,5 +86,5 @@ class _Tiles(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, norms = ctx.saved_tensors
         grad = grads[0][0].contiguous()
-        found = tiles.attend_back(q[0], k[0], v[0], ctx.how, out, norms, grad)
+        found = attend_back(q[0], k[0], v[0], ctx.how, out, norms, grad)
         return (*(x.transpose(0, 1)[None] for x in found), None)
