@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tsugiki.adapters.attach import attach, detach
 from tsugiki.adapters.storage import load_adapter, save_adapter
-from tsugiki.config import LoraConfig, build_config
+from tsugiki.config import LoraConfig, RunConfig, build_config
 from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import prepare
 from tsugiki.data.formats import Rows
@@ -115,7 +115,7 @@ def test_records_survive_a_torn_line_and_a_repeat(tmp_path: Path) -> None:
 
 def test_spikes_are_caught_and_quiet_is_quiet() -> None:
     rng = random.Random(0)
-    watch = Watch(100_000)
+    watch = Watch(100_000, RunConfig())
     for step in range(1, 10_001):
         said = watch.step(step, 5.0 - 4.0 * step / 10_000 + rng.gauss(0, 0.05))
         assert said == [], step
@@ -123,14 +123,36 @@ def test_spikes_are_caught_and_quiet_is_quiet() -> None:
 
 
 def test_symptoms_are_told_once() -> None:
-    flat = Watch(90)
+    flat = Watch(90, RunConfig())
     said = [text for step in range(1, 91) for text in flat.step(step, 3.0)]
     assert len(said) == 1
     assert "--learning-rate" in said[0]
-    over = Watch(90)
-    told = [text for loss in (3.0, 2.0, 2.1, 2.2, 2.3, 2.4) for text in over.evaluated(loss)]
+    assert overfitting(RunConfig()).count("--learning-rate") == 1
+
+
+def overfitting(config: RunConfig) -> str:
+    watch = Watch(90, config)
+    told = [text for loss in (3.0, 2.0, 2.1, 2.2, 2.3, 2.4) for text in watch.evaluated(loss)]
     assert len(told) == 1
-    assert "overfitting" in told[0]
+    return told[0]
+
+
+def test_advice_is_in_terms_of_the_run() -> None:
+    """At the guide's own rate and rank it is the guide's advice, elsewhere the same part of them."""
+    guide = build_config({"train": {"learning_rate": 5e-5}, "lora": {"r": 16}})
+    watch = Watch(90, guide)
+    said = next(text for step in range(1, 91) for text in watch.step(step, 3.0))
+    assert "--learning-rate 0.0001, --lora-r 32 --lora-alpha 64" in said
+    for words in ("--lora-dropout 0.1", "--learning-rate 3e-05", "--lora-r 8", "--epochs"):
+        assert words in overfitting(guide)
+    quick = build_config(
+        {"train": {"learning_rate": 2.5e-3, "epochs": 1}, "lora": {"dropout": 0.2}}
+    )
+    assert "--learning-rate 0.0015" in overfitting(quick)
+    assert "dropout" not in overfitting(quick)
+    assert "--epochs" not in overfitting(quick)
+    full = build_config({"train": {"learning_rate": 1e-4, "method": "full"}})
+    assert "--lora" not in overfitting(full)
 
 
 def test_the_report_escapes_and_stands_alone(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def train(
         skipped_before = progress.scaling.skipped
         if base.int8 is not None:
             base.int8.use(progress.int8_level)
-        watch = Watch(total_steps)
+        watch = Watch(total_steps, config)
         prompts = choose_prompts(settings.sample_prompt, prepared, chat)
 
         def write(name: str, kind: str, **values: Any) -> None:

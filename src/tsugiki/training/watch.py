@@ -1,9 +1,15 @@
-"""Sees symptoms in the figures of a run and gives the guides' advice, each once. Knows no model."""
+"""Sees symptoms in the figures of a run and gives the guides' advice, each once. Knows no model.
+
+The guides speak of a rate of 5e-5 and rank 16: where a loss does not fall, twice of both; where it
+is overfitting, a rate of 3e-5 and rank 8. A run at another rate is told the same parts of its own.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import deque
+
+from tsugiki.config import RunConfig
 
 WINDOW = 128  # steps that a spike is judged against (OLMo's rule: six standard deviations)
 SIGMAS = 6.0
@@ -17,8 +23,9 @@ class Watch:
     rises while the training loss falls.
     """
 
-    def __init__(self, total_steps: int) -> None:
+    def __init__(self, total_steps: int, config: RunConfig) -> None:
         self.total = total_steps
+        self.config = config
         self.recent: deque[float] = deque(maxlen=WINDOW)
         self.first: list[float] = []
         self.held_out: list[float] = []
@@ -41,8 +48,7 @@ class Watch:
             if sum(late) / 8 > 0.98 * sum(self.first) / len(self.first):
                 advice += self._once(
                     "flat",
-                    "the loss does not fall: try --learning-rate 1e-4 or higher, "
-                    "--lora-r 32 --lora-alpha 64",
+                    f"the loss does not fall: try {self._rate(2.0)}{self._more_rank()}",
                 )
         return advice
 
@@ -53,10 +59,30 @@ class Watch:
         if len(self.held_out) >= 4 and all(later > best * 1.02 for later in self.held_out[-2:]):
             return self._once(
                 "overfit",
-                "the held-out loss rises (overfitting): try --lora-dropout 0.1, "
-                "--learning-rate 3e-5, --lora-r 8 or fewer --epochs; the best state is kept",
+                f"the held-out loss rises (overfitting): try {self._less()}; "
+                "the best state is kept",
             )
         return []
+
+    def _rate(self, factor: float) -> str:
+        return f"--learning-rate {factor * (self.config.train.learning_rate or 5e-5):.2g}"
+
+    def _more_rank(self) -> str:
+        if self.config.train.method == "full":
+            return ""
+        return f", --lora-r {2 * self.config.lora.r} --lora-alpha {4 * self.config.lora.r}"
+
+    def _less(self) -> str:
+        """What learns by heart less quickly, of what this run may still lower."""
+        lora, train = self.config.lora, self.config.train
+        ways = [self._rate(0.6)]
+        if train.method == "lora" and lora.dropout < 0.1:
+            ways.insert(0, "--lora-dropout 0.1")
+        if train.method == "lora" and lora.r > 1:
+            ways.append(f"--lora-r {lora.r // 2}")
+        if train.epochs is None or train.epochs > 1:
+            ways.append("fewer --epochs")
+        return f"{', '.join(ways[:-1])} or {ways[-1]}" if len(ways) > 1 else ways[0]
 
     def _once(self, key: str, text: str) -> list[str]:
         if key in self.said:
