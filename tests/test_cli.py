@@ -144,6 +144,10 @@ BAD = {
     "memory": (["train", "rows.jsonl", "--model", "model", "--max-memory", "50MB"], "--lora-r 8"),
     "no size": (["train", "rows.jsonl", "--max-memory", "lots"], "--max-memory"),
     "adapter": (["generate", "--adapter", "model", "hi"], "there is no adapter in model"),
+    "prompt": (
+        ["generate", "--adapter", "model", "--prompt", "hi"],
+        "there is no adapter in model",
+    ),
     "data": (["data", "check", "empty.jsonl", "--model", "model"], "is empty"),
 }
 

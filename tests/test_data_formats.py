@@ -106,6 +106,28 @@ def test_texts_are_whole_documents_and_left_out_beside_rows(tmp_path: Path) -> N
     assert rows.notes == ("2 text files beside the rows are not trained on",)
 
 
+def test_runs_adapters_and_models_in_a_folder_are_not_rows(tmp_path: Path) -> None:
+    write(tmp_path, "rows.jsonl", lines(GOOD))
+    for mark, beside in (
+        ("run/decisions.json", "run/samples.jsonl"),
+        ("kept/a/adapter_config.json", "kept/a/tokenizer.json"),
+        ("base/tokenizer_config.json", "base/notes.txt"),
+    ):
+        for name in (mark, beside):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            write(tmp_path, name, lines({"text": "not a row"}))
+    rows = read_rows(tmp_path)
+    assert (rows.seen, len(rows.rows)) == (1, 1)
+    assert rows.notes == ("runs, adapters and models are not read as rows: base, kept/a, run",)
+    assert read_rows(tmp_path / "run" / "samples.jsonl").seen == 1, "named, it is read"
+
+
+def test_a_link_to_nothing_says_so(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").symlink_to("gone.jsonl")
+    with pytest.raises(DataError, match="it is a link to gone[.]jsonl, and nothing is there"):
+        read_rows(tmp_path / "rows.jsonl")
+
+
 def turns(*items: object) -> dict[str, object]:
     return {"messages": list(items)}
 

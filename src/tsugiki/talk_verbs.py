@@ -34,6 +34,7 @@ Json = Annotated[bool, typer.Option("--json", help="one JSON object a line, for 
 
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="prompts; default: stdin")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="a prompt by flag, repeatable")] = None,
     adapter: Adapters = None,
     model: Model = None,
     base_only: BaseOnly = False,
@@ -69,7 +70,7 @@ def generate(
             quantize=quantize,
             trust_remote_code=trust_remote_code,
         ),
-        prompts or (),
+        [*(prompts or ()), *(prompt or ())],
         sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens),
         stop=tuple(stop or ()),
         system=system,

@@ -16,7 +16,7 @@ from typing import Any
 from tsugiki.data.columns import given_templates, propose
 from tsugiki.data.files import NOT_UTF8, Note, Record, Skipped, read_records, reasons
 from tsugiki.data.layouts import by_layout, detect, shown
-from tsugiki.data.named import ROW_SUFFIXES, data_files
+from tsugiki.data.named import ROW_SUFFIXES, data_files, made_folders
 from tsugiki.data.row import Row, RowProblem, column_names
 from tsugiki.data.unreadable import to_utf8
 from tsugiki.data.unused import Unused
@@ -68,7 +68,7 @@ def read_rows(
     notes = list(given.notes) if given is not None else []
     seen = 0
     for file in files:
-        before, told = seen, len(skipped)
+        before, bad = seen, len(skipped)
         layout: str | None = None  # of the row before: says what one that has none lacks
         for record in _readable(file, alone=len(files) == 1):
             if isinstance(record, Note):
@@ -96,7 +96,7 @@ def read_rows(
             layouts[layout] += 1
             joined.setdefault(layout, set()).update(used)
             unused.see(record.value, tuple(used), layout)
-        encoded = [skip for skip in skipped[told:] if NOT_UTF8 in skip.reason]
+        encoded = [skip for skip in skipped[bad:] if NOT_UTF8 in skip.reason]
         if 2 * len(encoded) > seen - before:
             if len(files) == 1:
                 raise DataError(
@@ -109,14 +109,23 @@ def read_rows(
         if given is not None and first is not None:
             given.refuse_misspelt(path, first)
         _nothing(path, skipped, unknown)
+    made = made_folders(path) if path.is_dir() else []
+    if made:
+        names = ", ".join(str(folder.relative_to(path)) for folder in made[:3])
+        more = f" and {len(made) - 3} more" if len(made) > 3 else ""
+        notes.append(f"runs, adapters and models are not read as rows: {names}{more}")
     if path.is_dir() and files[0].suffix.lower() in ROW_SUFFIXES:
-        texts = sum(1 for p in path.rglob("*") if p.suffix.lower() in (".txt", ".md"))
+        texts = sum(
+            1
+            for p in path.rglob("*")
+            if p.suffix.lower() in (".txt", ".md") and set(made).isdisjoint(p.parents)
+        )
         if texts:
             notes.append(f"{texts} text files beside the rows are not trained on")
     notes += unused.notes()
     digest = hashlib.sha256("".join(sha256_file(f) for f in files).encode()).hexdigest()
-    names = [(shown(name, joined[name]), count) for name, count in layouts.most_common()]
-    said = names[0][0] if len(names) == 1 else ", ".join(f"{n:,} {name}" for name, n in names)
+    told = [(shown(name, joined[name]), count) for name, count in layouts.most_common()]
+    said = told[0][0] if len(told) == 1 else ", ".join(f"{n:,} {name}" for name, n in told)
     return Rows(rows, skipped, said, tuple(str(f) for f in files), digest, seen, tuple(notes))
 
 

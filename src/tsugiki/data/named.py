@@ -9,6 +9,8 @@ from tsugiki.errors import DataError
 
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 SUFFIXES = (*ROW_SUFFIXES, ".txt", ".md")
+# What tells a run's, an adapter's and a model's folder: their JSON is not rows.
+MADE = ("decisions.json", "adapter_config.json", "tokenizer_config.json")
 
 
 def find_data(named: Path | None) -> Path:
@@ -33,7 +35,7 @@ def data_files(path: Path) -> list[Path]:
     """The file itself, or the data files of a folder, sorted.
 
     A folder's texts count only where it holds no files of rows: beside rows they are a README or a
-    licence.
+    licence. Runs, adapters and models in it are left out.
 
     Raises:
         DataError: nothing there, no permission, or a kind that is not read.
@@ -41,12 +43,14 @@ def data_files(path: Path) -> list[Path]:
     if not path.exists():
         raise DataError(f"there is no file {path}", fix=elsewhere(path))
     if path.is_dir():
+        made = set(made_folders(path))
         found = sorted(
             p
             for p in path.rglob("*")
             if p.is_file()
             and p.suffix.lower() in SUFFIXES
             and not any(part.startswith(".") for part in p.relative_to(path).parts)
+            and made.isdisjoint(p.parents)
         )
         if not found:
             raise DataError(
@@ -65,3 +69,9 @@ def data_files(path: Path) -> list[Path]:
             fix="name it by what it holds, e.g. rows.jsonl, table.csv, text.txt",
         )
     return [path]
+
+
+def made_folders(path: Path) -> list[Path]:
+    """Folders of runs, adapters and models within a folder of data, sorted; none within another."""
+    found = {p.parent for mark in MADE for p in path.rglob(mark)} - {path}
+    return sorted(folder for folder in found if found.isdisjoint(folder.parents))

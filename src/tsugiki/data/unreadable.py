@@ -75,7 +75,10 @@ def _iconv(encoding: str, path: Path) -> str:
 
 
 def elsewhere(path: Path) -> str:
-    """What to do where there is no such file: a near name, a path of Windows, an address."""
+    """What to do where there is no such file: a near name, a path of Windows, an address, or a
+    link to nothing."""
+    if path.is_symlink():
+        return f"it is a link to {path.readlink()}, and nothing is there: mend the link"
     if re.match(r"(https?|hf|s3|gs):/", str(path)):
         return "download it first, and give the file"
     here = Path(str(path).replace("\\", "/"))
