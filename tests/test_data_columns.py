@@ -60,6 +60,22 @@ UNKNOWN: dict[str, tuple[dict[str, object], list[object]]] = {
          "answers": {"text": ["a"], "answer_start": [0]}},
         [("user", "q\nc"), ("assistant", "a")],
     ),
+    "a system prompt": (
+        {"id": "0", "system_prompt": "s", "question": "q", "response": "a"},
+        [("system", "s"), ("user", "q"), ("assistant", "a")],
+    ),
+    "a system prompt and a context": (
+        {"system": "s", "query": "q", "passage": "c", "reply": "a"},
+        [("system", "s"), ("user", "q\nc"), ("assistant", "a")],
+    ),
+    "one name that is another's part": (
+        {"original_question": "o", "query": "q", "response": "a"},
+        [("user", "q"), ("assistant", "a")],
+    ),
+    "CommonsenseQA": (
+        {"question": "q", "choices": {"label": ["A", "B"], "text": ["x", "y"]}, "answerKey": "B"},
+        [("user", "q"), ("assistant", "y")],
+    ),
     "a numbered text": ({"id": "0", "story": "once"}, ["once"]),
     "one column": ({"story": "once"}, ["once"]),
 }  # fmt: skip
@@ -100,6 +116,7 @@ def test_a_backslash_n_from_a_shell_is_a_new_line_and_told(tmp_path: Path) -> No
         {"{": "q", "}": "a"},
         {"question": "q", "context": "c", "answers": []},
         {"id": "7", "turns": [5, "a"], "x": "q"},
+        {"chosen": "Human: q Assistant: a", "rejected": "Human: q Assistant: b"},
     ],
 )
 def test_no_flags_are_proposed_that_would_not_work(tmp_path: Path, row: dict[str, object]) -> None:

@@ -24,6 +24,7 @@ JOINED: dict[str, tuple[dict[str, object], str]] = {
     "alpaca + context": ({"instruction": "q", "context": "m", "output": "a"}, "q\nm"),
     "alpaca": ({"instruction": "q", "input": 0.5, "context": "", "output": "a"}, "q\n0.5"),
     "question/answer": ({"question": "q", "context": "", "answer": "a"}, "q"),
+    "text/output": ({"text": "q", "output": "a"}, "q"),
 }  # fmt: skip
 
 
@@ -34,6 +35,23 @@ def test_columns_of_the_prompt_join_it(tmp_path: Path, layout: str) -> None:
     assert rows.layout == layout
     assert told(rows) == [[("user", asked), ("assistant", "a")]]
     assert rows.notes == ()
+
+
+def test_texts_alone_are_turns_one_after_the_other(tmp_path: Path) -> None:
+    rows = read_rows(write(tmp_path, "a.jsonl", lines(
+        {"conversations": ["q", "a", "r", "b"]}, {"conversations": ["q"]},
+        {"conversations": ["q", {"from": "gpt", "value": "a"}]}, {"conversations": ["q", ""]},
+    )))  # fmt: skip
+    assert told(rows) == [[("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]]
+    assert [skip.reason for skip in rows.skipped[:2]] == ["turn 1 is not an object"] * 2
+    assert "the answer is empty" in rows.skipped[2].reason
+
+
+def test_a_label_beside_a_text_is_offered(tmp_path: Path) -> None:
+    rows = read_rows(write(tmp_path, "a.jsonl", lines({"text": "nice", "label": 1, "date": "x"})))
+    assert rows.layout == "text"
+    flags = "--columns prompt=text,answer=label"
+    assert rows.notes == (f"columns not used: label, date (to use one: {flags})",)
 
 
 def test_history_is_earlier_turns(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ ANSWERING = (
     "translation", "chosen", "回答", "答え", "応答", "出力",
 )  # fmt: skip
 CLASSES = ("label", "class", "category", "score", "rating")  # answers that are numbers
+PREFERRED = ("chosen", "rejected")  # pairs of answers, one better than the other
+SYSTEM = ("system_prompt", "system", "システム")
 CONTEXT = ("context", "passage", "文脈")  # what a question is about: never the answer
 NUMBERING = re.compile(
     r"(.*[_\- ])?(id|ids|uuid|guid|idx|index|no|number)|q_?id|番号|.*[a-z]Id", re.I
@@ -142,8 +144,9 @@ def fill(template: str, value: Mapping[str, Any]) -> str:
         found, said = value.get(name), name
         for key in keys:
             said = f"{said}[{key}]"
+            found = _by_label(found, key)
             try:
-                found = found[key] if isinstance(found, dict) else found[int(key)]  # type: ignore[index]
+                found = found[key] if isinstance(found, dict) else found[int(key)]
             except (KeyError, IndexError, ValueError, TypeError):
                 raise RowProblem(f"{said} is not there") from None
         return text_of({name: found}, name)
@@ -154,6 +157,12 @@ def fill(template: str, value: Mapping[str, Any]) -> str:
 def propose(value: Mapping[str, Any]) -> tuple[str, ...]:
     """Flags that read a row of unknown layout, by what its columns are called; () where none do."""
     named = {str(k): v for k, v in value.items() if not is_numbering(str(k))}
+    if set(PREFERRED) <= named.keys():
+        del named[PREFERRED[1]]
+        if not any(_near([k], ASKING) for k in named):
+            return ()
+    system = next((k for k in SYSTEM if isinstance(named.get(k), str)), None)
+    named.pop(system or "", None)
     plain = [k for k, v in named.items() if type(v) in (str, int, float)]
     texts = [k for k in plain if isinstance(named[k], str)]
     if not texts:
@@ -173,18 +182,34 @@ def propose(value: Mapping[str, Any]) -> tuple[str, ...]:
     if answer is None and len(named) > 1:
         return ()  # the other columns hold what no flag names
     more = [k for k in texts if k not in (prompt, answer) and _near([k], (*CONTEXT, *INPUTS))]
+    told = f"system={system}" if system else ""
     if not set("{},=") & set(prompt + (answer or "")) and not more:
         roles = f"text={prompt}" if answer is None else f"prompt={prompt},answer={answer}"
-        return "--columns", roles
+        return "--columns", f"{roles},{told}" if told and answer is not None else roles
     if answer is None or set("{}") & set("".join((prompt, answer, *more))):
         return ()
     asked = "\\n".join(f"{{{name}}}" for name in (prompt, *more))
-    return "--prompt-template", asked, "--answer-template", f"{{{answer}}}"
+    flags = "--prompt-template", asked, "--answer-template", f"{{{answer}}}"
+    return (*flags, "--columns", told) if told else flags
+
+
+def _by_label(choices: Any, key: Any) -> Any:
+    """Choices kept as {label: [A, B], text: [x, y]} (CommonsenseQA, ARC), by label if it is one."""
+    if not isinstance(choices, dict) or set(choices) != {"label", "text"} or key in choices:
+        return choices
+    labels, texts = choices["label"], choices["text"]
+    paired = isinstance(labels, list) and isinstance(texts, list)
+    return dict(zip(labels, texts, strict=False)) if paired else choices
 
 
 def is_numbering(name: str) -> bool:
     """Whether a column's name says that it numbers the rows."""
     return NUMBERING.fullmatch(name) is not None
+
+
+def answers(name: str) -> bool:
+    """Whether a column's name says that it answers the others."""
+    return _near([name], (*ANSWERING, *CLASSES)) is not None
 
 
 def _held(value: Mapping[str, Any]) -> list[str]:
@@ -214,4 +239,6 @@ def _indexed(value: Mapping[str, Any], plain: list[str]) -> str | None:
 
 
 def _near(names: list[str], wanted: tuple[str, ...]) -> str | None:
-    return next((n for w in wanted for n in names if w in n.lower()), None)
+    """The name that is one of these, else the first that holds one."""
+    exact = next((n for w in wanted for n in names if w == n.lower()), None)
+    return exact or next((n for w in wanted for n in names if w in n.lower()), None)

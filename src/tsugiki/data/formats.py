@@ -149,12 +149,15 @@ def _skip(skip: Skipped, skipped: list[Skipped], strict: bool) -> None:
 def _nothing(path: Path, skipped: list[Skipped], unknown: dict[str, Any] | None) -> None:
     if unknown is not None:
         flags = propose(unknown)
+        pairs = "; of pairs of answers there is no tuning here" if "rejected" in unknown else ""
         raise DataError(
             f"{path}: the layout of these rows is not known",
             got=column_names(unknown),
             allowed="messages; conversations; instruction/input/output; prompt/completion; "
             "question/answer; text",
-            fix=None if flags else "make each row an object with a prompt and an answer, as texts",
+            fix=None
+            if flags
+            else f"make each row an object with a prompt and an answer, as texts{pairs}",
             flags=flags,
         )
     raise DataError(

@@ -11,7 +11,7 @@ from typing import Any
 
 from tsugiki.data.files import Record, parse
 from tsugiki.data.row import Message, Row, RowProblem, column_names, pair, raw_text, text_of
-from tsugiki.data.turns import conversation, earlier, holds
+from tsugiki.data.turns import conversation, earlier, holds, spoken
 
 PAIRS: dict[str, tuple[str, str]] = {
     "alpaca": ("instruction", "output"),
@@ -24,6 +24,7 @@ PAIRS: dict[str, tuple[str, str]] = {
     "指示/回答": ("指示", "回答"),
     "指示/出力": ("指示", "出力"),
     "質問/回答": ("質問", "回答"),
+    "text/output": ("text", "output"),
 }
 LISTS = {"messages": "messages", "sharegpt": "conversations"}
 MORE = ("input", "context", "入力", "文脈")  # columns that belong to the question and follow it
@@ -99,7 +100,7 @@ def turns_of(value: Mapping[str, Any], layout: str) -> list[Any]:
     found = _parsed(value, key, OBJECTS)
     if not isinstance(found, list):
         raise RowProblem(f"no list {key!r}, as the rows before it have ({column_names(value)})")
-    return found
+    return spoken(found) if layout == "sharegpt" else found
 
 
 def _listed(record: Record, layout: str) -> tuple[Row, tuple[str, ...]]:

@@ -104,6 +104,13 @@ def earlier(pairs: list[Any]) -> tuple[Message, ...]:
     return tuple(found)
 
 
+def spoken(items: list[Any]) -> list[Any]:
+    """Texts alone, as LIMA has them, as a user's and an assistant's in turn; others as they are."""
+    if len(items) < 2 or not all(isinstance(item, str) for item in items):
+        return items
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(items)]
+
+
 def _calls(text: Any, number: int) -> list[dict[str, Any]]:
     """The call, or list of calls, that a turn's text holds, as OpenAI writes them."""
     try:

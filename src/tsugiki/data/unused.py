@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tsugiki.data.columns import is_numbering
+from tsugiki.data.columns import answers, is_numbering
 from tsugiki.data.layouts import LISTS, PAIRS, turns_of
 from tsugiki.data.turns import holds, unread_keys
 
@@ -48,7 +48,9 @@ class Unused:
 
 
 def _flags(name: str, used: Sequence[str], layout: str) -> str:
-    """Flags that put a column behind the prompt; '' where none can."""
+    """Flags that put a column behind the prompt, or learn it from a text; '' where none can."""
+    if layout == "text" and answers(name):
+        return f"--columns prompt=text,answer={shlex.quote(name)}"
     if layout not in PAIRS or "history" in used or any(set("{}[]") & set(n) for n in (name, *used)):
         return ""
     answer = PAIRS[layout][1]
