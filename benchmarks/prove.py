@@ -36,6 +36,7 @@ PROOFS = {
     "decoding": "a merged model decodes as fast as its base",
     "hostile_gguf": "10,000 damaged GGUF files are read or refused",
     "context": "a token costs more in longer contexts by attention alone",
+    "attention": "compiled attention is faster than plain products and torch's own",
     "defaults_sweep": "bare `tsugiki train` against a sweep of rates and epochs",
 }
 
