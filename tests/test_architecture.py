@@ -15,7 +15,7 @@ FLOORS: dict[str, int] = {
     "errors": 0, "config": 0, "files": 0, "device": 0, "supervise": 0, "terminal": 0,
     "presets": 0, "stopping": 0, "spellings": 0, "mistakes": 0,
     "models": 1, "data": 1, "kernels": 1, "formats": 1,
-    "adapters": 2, "memory": 2,
+    "adapters": 2, "memory": 2, "defaults": 2,
     "planning": 3, "engine": 3, "proof": 3,
     "training": 4, "evaluation": 4, "merging": 4, "exporting": 4, "joining": 5, "judging": 5, "quantizing": 5,
     "doctor": 5,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tsugiki.config import LoraConfig
-from tsugiki.planning import full_learning_rate, lora_learning_rate
+from tsugiki.defaults import full_learning_rate, lora_learning_rate
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tsugiki.config import build_config
+from tsugiki.defaults import choose_epochs, choose_looks
 from tsugiki.demo import rows_path
 from tsugiki.fitting import facts_of
 from tsugiki.pipelines import prepare_session
-from tsugiki.planning import choose_epochs
 from tsugiki.terminal import Terminal
 
 DEFAULTS = Path(__file__).parent.parent / "docs" / "defaults.md"
@@ -45,6 +45,20 @@ def test_long_answers_are_not_trained_over_and_over() -> None:
 )  # fmt: skip
 def test_what_was_swept_is_what_is_chosen(rows: int, labelled: int, epochs: int) -> None:
     assert choose_epochs(rows, labelled)[0] == epochs
+
+
+@pytest.mark.parametrize(
+    ("rows", "held_out", "epochs", "looks"),
+    [(2700, 300, 1, 4), (2700, 300, 2, 5), (2700, 300, 3, 8), (2700, 300, 4, 10), (100, 0, 1, 10),
+     (1000, 10, 1, 10), (100, 5000, 8, 4), (2700, 300, 0.1, 4)],
+)  # fmt: skip
+def test_looks_take_a_tenth_of_the_time_or_are_four(
+    rows: int, held_out: int, epochs: float, looks: int
+) -> None:
+    found, why = choose_looks(rows, held_out, epochs)
+    assert found == looks
+    assert why.startswith("about ten times" if looks == 10 else f"{looks} times")
+    assert looks == 4 or held_out * looks / 3 <= 0.1 * rows * epochs
 
 
 def test_the_demo_is_trained_four_times() -> None:

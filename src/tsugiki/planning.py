@@ -15,7 +15,14 @@ from typing import Any
 import psutil
 
 from tsugiki.adapters.targets import resolve_targets
-from tsugiki.config import LoraConfig, RunConfig
+from tsugiki.config import RunConfig
+from tsugiki.defaults import (
+    choose_epochs,
+    choose_looks,
+    choose_rows_per_step,
+    full_learning_rate,
+    lora_learning_rate,
+)
 from tsugiki.device import Decisions
 from tsugiki.errors import AdapterError, MemoryLimitError, UsageError
 from tsugiki.files import human_bytes, parse_bytes
@@ -27,7 +34,6 @@ from tsugiki.supervise import memory_left
 PASS_TOKENS = 4096
 # Of what may be used, what a run is planned for: predictions are right within a tenth.
 SHARE = 0.9
-LABELLED_OF_ROW = 250  # labelled tokens that count as one row when epochs are chosen
 CUDA_BYTES = 512 << 20  # a process's share of a GPU before it allocates; not yet measured
 
 
@@ -62,42 +68,6 @@ class Plan:
     def memory_total(self) -> int:
         """Predicted peak bytes (RSS on a CPU, allocated on a GPU)."""
         return sum(self.memory.values())
-
-
-def lora_learning_rate(hidden_size: int, lora: LoraConfig) -> float:
-    """Peak rate for a LoRA run by width and scale: 5e-5 · 10 · (2000 / H)^0.78 · 32 / (scale · r).
-
-    The first three factors are the rule published with "LoRA Without Regret" (Thinking Machines,
-    2025; `get_lr` of its cookbook) for alpha 32 with scale alpha/r, under which the best rate does
-    not depend on the rank; the last carries it to other alphas and to rsLoRA.
-    """
-    rate = 5e-5 * 10 * (2000 / hidden_size) ** 0.78 * 32 / (lora.scale * lora.r)
-    return float(f"{rate:.2g}")
-
-
-def full_learning_rate(hidden_size: int) -> float:
-    """Peak rate for full fine-tuning: the LoRA rule without its factor of ten (same source)."""
-    return float(f"{5e-5 * (2000 / hidden_size) ** 0.78:.2g}")
-
-
-def choose_rows_per_step(rows: int) -> int:
-    """Rows of one optimiser step: small data needs steps more than smooth gradients."""
-    return next(count for limit, count in ((200, 4), (1000, 8), (math.inf, 16)) if rows < limit)
-
-
-def choose_epochs(rows: int, labelled_tokens: int) -> tuple[float, str]:
-    """Passes over the rows and why; the best held-out state is kept, so too many cost only time.
-
-    The smaller of what the rows and what the labelled tokens allow, LABELLED_OF_ROW of them
-    counting as a row: passes over small data make up for few steps, and long answers hold more to
-    learn in each step. The limits are ours, by the sweep in docs/defaults.md, not published ones;
-    longer answers than its 4 to 214 tokens a row were not swept.
-    """
-    counted = max(rows, labelled_tokens // LABELLED_OF_ROW)
-    limits = ((200, 8), (1000, 6), (10000, 4), (math.inf, 2))
-    epochs = next(count for limit, count in limits if counted < limit)
-    why = f"{rows} rows" if counted == rows else f"{labelled_tokens:,} labelled tokens"
-    return epochs, f"{why}; the best held-out state is kept"
 
 
 def make_plan(
@@ -215,7 +185,9 @@ def make_plan(
     choose("weight_decay", 0.01, "the guide's advice")
     choose("scheduler", "cosine", "falls to zero at the end")
     choose("log_every", max(1, steps // 50), "about 50 lines")
-    choose("eval_every", max(1, math.ceil(steps / 10)), "about ten times")
+    passed = steps * per_step / max(1, facts.rows)  # epochs, also under --max-steps
+    looks, why_looks = choose_looks(facts.rows, facts.held_out, passed)
+    choose("eval_every", max(1, math.ceil(steps / looks)), why_looks)
     choose("save_every", max(1, min(500, math.ceil(steps / 10))), "about ten times")
     train = asked.model_copy(update=filled)
     resolved = config.model_copy(update={"lora": lora, "train": train})
