@@ -51,7 +51,9 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         said = (getattr(error, "stderr", None) or "").strip() or str(error)
         more = os.environ.get(MORE_FLAGS)
         tool = f"{found} with {MORE_FLAGS}={more}" if more else found
-        return None, f"{tool} could not build them: {said.splitlines()[-1][:200]}"
+        lines = said.splitlines()
+        line = next((line for line in lines if "error" in line or "cannot find" in line), lines[-1])
+        return None, f"{tool} could not build them: {line[:200]}"
 
 
 def _built(compiler: list[str]) -> Path:
@@ -61,6 +63,8 @@ def _built(compiler: list[str]) -> Path:
         command.append("-mprefer-vector-width=512")
     command += shlex.split(os.environ.get(MORE_FLAGS, ""))
     version = _run([*compiler, "--version"])
+    if "clang" in version:  # its `fast` joins a product with a sum even where the source forbids it
+        command.append("-ffp-contract=on")
     # torch's own OpenMP: a second one would be a second set of threads on the same cores
     openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))[:1]
     texts = [source.read_text() for source in SOURCES]

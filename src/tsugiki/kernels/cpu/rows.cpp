@@ -2,8 +2,8 @@
 //
 // Forth, a block of queries meets all keys that it may see, so that a row of scores is whole when
 // its softmax is taken; its largest score and one over its sum are kept, and on the way back a block
-// of keys at a time is computed again. Each head of each document is one task, so results do not depend on threads. Plain
-// C++ with the vectors of GCC and Clang. Knows no torch.
+// of keys at a time is computed again. Each head of each document is one task, so results do not
+// depend on threads. Plain C++ with the vectors of GCC and Clang. Knows no torch.
 
 #include <algorithm>
 #include <cstdlib>
@@ -18,14 +18,15 @@ constexpr int64_t LANES = 16, HIGH = 8;  // of a vector; rows of a product held 
 constexpr int64_t LANES = 8, HIGH = 4;
 #endif
 constexpr int64_t PANEL = 2 * LANES;  // keys that lie together, transposed
-constexpr int64_t QUERIES = 64;  // at a time
-constexpr int64_t KEYS = 128;    // at a time on the way back
+constexpr int64_t QUERIES = 64;       // at a time
+constexpr int64_t KEYS = 128;         // at a time on the way back
 
 typedef float Lanes __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t Whole __attribute__((vector_size(LANES * 4)));
 
 inline Lanes& at(float* x) { return *reinterpret_cast<Lanes*>(x); }
 inline const Lanes& at(const float* x) { return *reinterpret_cast<const Lanes*>(x); }
-typedef int32_t Whole __attribute__((vector_size(LANES * 4)));
+inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // e^x as numbers.hpp has it.
 inline Lanes exponential(Lanes x) {
@@ -43,8 +44,7 @@ inline Lanes exponential(Lanes x) {
     return p * (Lanes)(((Whole)shifted - (0x4b400000 - 127)) << 23);
 }
 
-inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
+// Memory of one thread; `at` is null where there was none.
 struct Room {
     float* at;
     explicit Room(int64_t count)
@@ -59,6 +59,7 @@ struct Left {
     int64_t rows, columns;
 };
 
+// M rows of `product` by N vectors, in registers.
 template <int64_t M, int64_t N>
 inline void part(Left a, const float* w, int64_t ws, int64_t k, float* y, int64_t ys, bool add) {
     Lanes sum[M][N];  // what it is added to comes last: a sum of sums rounds less
@@ -174,6 +175,7 @@ void lay_panels(const float* from, int64_t stride, int64_t length, int64_t d, fl
                 to[c * PANEL + j] = token + j < length ? from[(token + j) * stride + c] : 0.0f;
 }
 
+// Products of queries and keys, scaled and capped.
 inline Lanes score(const Attention& a, Lanes x) {
     x *= a.scale;
     if (a.cap > 0.0f) x = a.cap - 2.0f * a.cap / (1.0f + exponential(2.0f / a.cap * x));
