@@ -37,6 +37,32 @@ def test_columns_of_the_prompt_join_it(tmp_path: Path, layout: str) -> None:
     assert rows.notes == ()
 
 
+def test_squads_own_files_are_a_row_a_question(tmp_path: Path) -> None:
+    asked = [
+        {
+            "id": "1",
+            "question": "q1",
+            "answers": [{"text": "a1", "answer_start": 0}, {"text": "b"}],
+        },
+        {"id": "2", "question": "q2", "answers": [], "is_impossible": True},
+        "not one",
+    ]
+    articles = [
+        {"title": "t", "paragraphs": [{"context": "c", "qas": asked}, {"context": "d", "qas": []}]},
+        {"title": "u", "paragraphs": [{"context": "e", "qas": asked[:1]}]},
+    ]
+    path = write(tmp_path, "train-v1.1.json", json.dumps({"version": "1.1", "data": articles}))
+    rows = read_rows(path)
+    assert rows.layout == "question + context/answer"
+    assert told(rows) == [
+        [("user", "q1\nc"), ("assistant", "a1")], [("user", "q1\ne"), ("assistant", "a1")]
+    ]  # fmt: skip
+    assert [skip.source.removeprefix(f"{path} ") for skip in rows.skipped] == [
+        "row 1 question 2", "row 1 question 3"
+    ]  # fmt: skip
+    assert "'answer' is null" in rows.skipped[0].reason
+
+
 def test_texts_alone_are_turns_one_after_the_other(tmp_path: Path) -> None:
     rows = read_rows(write(tmp_path, "a.jsonl", lines(
         {"conversations": ["q", "a", "r", "b"]}, {"conversations": ["q"]},

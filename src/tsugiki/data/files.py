@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tsugiki.data import aozora, tables
+from tsugiki.data.articles import is_article, questions
 from tsugiki.data.unreadable import refuse_packed, to_utf8
 from tsugiki.errors import DataError
 
@@ -230,7 +231,12 @@ def _json(path: Path) -> Iterator[Record | Skipped | Note]:
             fix='make each row an object, e.g. {"prompt": …, "answer": …}',
         )
     for number, row in enumerate(value, 1):
-        yield _record(row, f"{path} row {number}")
+        source = f"{path} row {number}"
+        if is_article(row):
+            for place, asked in enumerate(questions(row), 1):
+                yield _record(asked, f"{source} question {place}")
+        else:
+            yield _record(row, source)
 
 
 def _other_lists(path: Path, value: dict[str, Any], holder: str) -> Iterator[Note]:
