@@ -73,6 +73,15 @@ def test_texts_alone_are_turns_one_after_the_other(tmp_path: Path) -> None:
     assert "the answer is empty" in rows.skipped[2].reason
 
 
+def test_messages_of_a_tree_are_not_texts(tmp_path: Path) -> None:
+    row = {"message_id": "b", "parent_id": "a", "role": "assistant", "text": "a reply"}
+    with pytest.raises(DataError, match="join it with its parents, by parent_id") as caught:
+        read_rows(write(tmp_path, "a.jsonl", lines(row)))
+    assert caught.value.flags == ()
+    asked = read_rows(write(tmp_path, "b.jsonl", lines(row)), columns={"text": "text"})
+    assert [one.text for one in asked.rows] == ["a reply"]
+
+
 def test_a_label_beside_a_text_is_offered(tmp_path: Path) -> None:
     rows = read_rows(write(tmp_path, "a.jsonl", lines({"text": "nice", "label": 1, "date": "x"})))
     assert rows.layout == "text"

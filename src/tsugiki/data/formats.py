@@ -15,7 +15,7 @@ from typing import Any
 
 from tsugiki.data.columns import given_templates, propose
 from tsugiki.data.files import NOT_UTF8, Note, Record, Skipped, read_records, reasons
-from tsugiki.data.layouts import by_layout, detect, shown
+from tsugiki.data.layouts import by_layout, detect, is_tree, shown
 from tsugiki.data.named import ROW_SUFFIXES, data_files, made_folders
 from tsugiki.data.row import Row, RowProblem, column_names
 from tsugiki.data.unreadable import to_utf8
@@ -148,16 +148,18 @@ def _skip(skip: Skipped, skipped: list[Skipped], strict: bool) -> None:
 
 def _nothing(path: Path, skipped: list[Skipped], unknown: dict[str, Any] | None) -> None:
     if unknown is not None:
-        flags = propose(unknown)
-        pairs = "; of pairs of answers there is no tuning here" if "rejected" in unknown else ""
+        flags = () if is_tree(unknown) else propose(unknown)
+        fix = "make each row an object with a prompt and an answer, as texts"
+        if is_tree(unknown):
+            fix = "each row is one message: join it with its parents, by parent_id, as messages"
+        elif "rejected" in unknown:
+            fix += "; of pairs of answers there is no tuning here"
         raise DataError(
             f"{path}: the layout of these rows is not known",
             got=column_names(unknown),
             allowed="messages; conversations; instruction/input/output; prompt/completion; "
             "question/answer; text",
-            fix=None
-            if flags
-            else f"make each row an object with a prompt and an answer, as texts{pairs}",
+            fix=None if flags else fix,
             flags=flags,
         )
     raise DataError(

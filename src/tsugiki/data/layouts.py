@@ -43,7 +43,12 @@ def detect(value: Mapping[str, Any]) -> str | None:
     for name, (prompt, answer) in PAIRS.items():
         if prompt in value and answer in value:
             return name
-    return "text" if "text" in value else None
+    return "text" if "text" in value and not is_tree(value) else None
+
+
+def is_tree(value: Mapping[str, Any]) -> bool:
+    """Whether a row is one message that names its parent, as OpenAssistant's are."""
+    return {"message_id", "parent_id", "role"} <= value.keys()
 
 
 def by_layout(record: Record, layout: str) -> tuple[Row, tuple[str, ...]]:
