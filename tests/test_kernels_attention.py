@@ -177,6 +177,33 @@ def test_values_of_another_width(dtype: torch.dtype) -> None:
 
 
 @BOTH
+@pytest.mark.parametrize("window", [None, 40])
+def test_sinks_take_probability_and_give_nothing(dtype: torch.dtype, window: int | None) -> None:
+    torch.manual_seed(5)
+    lengths = (150, 7)
+    inputs = [draw(heads, 157, 32, dtype) for heads in (4, 2, 2)]
+    sinks = torch.tensor([-3.0, 0.0, 2.0, 40.0])
+    grad = torch.randn(1, 157, 4, 32).to(dtype)
+    q, k, v = inputs
+    assert bodies_attend(q, k, v, sinks)
+    assert not bodies_attend(q, k, v, sinks.clone().requires_grad_()), "theirs is not computed"
+
+    def exactly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference_attention(q, k, v, lengths, scale=0.2, window=window, sinks=sinks)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch = ForwardBatch(lengths)
+        return packed_attention(q, k, v, batch, scale=0.2, window=window, sinks=sinks)
+
+    found = numbers(run, inputs, grad)
+    exact = numbers(exactly, [x.double() for x in inputs], grad)
+    bound = 0.01 if dtype == torch.bfloat16 else 1e-6
+    assert max(errors(found, exact)) < bound
+    small = [x[..., 3, :] if n == 0 else x[:, 3] for n, x in enumerate((found[0], found[1]))]
+    assert all(float(x.abs().max()) < 1e-6 for x in small), "a sink of 40 takes all"
+
+
+@BOTH
 def test_other_widths_and_types_go_elsewhere(dtype: torch.dtype) -> None:
     q = draw(2, 40, 288, dtype)
     assert not bodies_attend(q, q, q), "288 is more than a core's cache holds"

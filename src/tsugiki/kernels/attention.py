@@ -55,8 +55,10 @@ def packed_attention(
     assert tokens == batch.tokens, f"{tokens} tokens in a batch of {batch.tokens}"
     if softcap is None and sinks is None and flash_runs(q, k, v):
         return flash_attention(q, k, v, batch.lengths, scale=scale, window=window)
-    if sinks is None and bodies_attend(q, k, v):
-        return fused_attention(q, k, v, batch.lengths, scale=scale, window=window, softcap=softcap)
+    if bodies_attend(q, k, v, sinks):
+        return fused_attention(
+            q, k, v, batch.lengths, scale=scale, window=window, softcap=softcap, sinks=sinks
+        )
     if len(batch.lengths) == 1:
         out = causal_attention(q, k, v, scale=scale, window=window, softcap=softcap, sinks=sinks)
         return out.transpose(1, 2)

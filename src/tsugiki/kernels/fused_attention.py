@@ -3,7 +3,7 @@ a CPU's tiles, fp32 in its vector registers.
 
 What is kept for the way back are its inputs, its output and a number or two a query. Documents are
 rows of the flat batch, as they lie. Heads that tiles do not divide into get columns of zeros, which
-no score and no result notices. Knows no cache and no sinks.
+no score and no result notices. Knows no cache.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ WIDEST = 256  # of a head: a block of queries and what belongs to it stay in a c
 FAMILIES = {torch.bfloat16: "tiles", torch.float32: "attention"}
 
 
-def bodies_attend(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether compiled bodies take these: bf16 or fp32, and heads not too wide."""
+def bodies_attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> bool:
+    """Whether compiled bodies take these: bf16 or fp32, heads not too wide, sinks not trained."""
     return (
-        q.dtype == k.dtype == v.dtype
+        not (sinks is not None and sinks.requires_grad and torch.is_grad_enabled())
+        and q.dtype == k.dtype == v.dtype
         and q.dtype in FAMILIES
         and max(q.shape[-1], v.shape[-1]) <= WIDEST
         and compiled_bodies(q, FAMILIES[q.dtype]) is not None
@@ -44,6 +45,7 @@ def fused_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Each token over itself and before, within its document.
 
@@ -54,6 +56,7 @@ def fused_attention(
         scale: factor on q·k.
         window: a token sees itself and window - 1 tokens before it.
         softcap: c·tanh(x / c) on the scores.
+        sinks: (H,) a score per head that takes probability and gives nothing.
 
     Returns:
         (1, T, H, d) with v's d.
@@ -61,7 +64,8 @@ def fused_attention(
     Raises:
         MemoryError: no memory for one document's keys and values.
     """
-    how = Documents(torch.tensor(lengths), scale, window, softcap)
+    beside = None if sinks is None else sinks.detach().float().contiguous()
+    how = Documents(torch.tensor(lengths), scale, window, softcap, beside)
     given = v.shape[-1]
     width = max(q.shape[-1], given)
     if q.dtype == torch.bfloat16:

@@ -112,6 +112,7 @@ bool forward(const Attention& a, bfloat* out, float* norms, int threads) {
                     x = reinterpret_cast<bfloat*>(rows.at), stride = d;
                 }
                 Running running[SIDE];
+                if (a.sinks) std::fill_n(running, SIDE, Running{a.sinks[t.head], 1.0f});
                 std::memset(sums.at, 0, SIDE * d * 4);
                 for (int64_t key = a.begin(query); key < query + high; key += BLOCK) {
                     const int64_t count = std::min(BLOCK, up(query + high - key, SIDE));

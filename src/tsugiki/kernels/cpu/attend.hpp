@@ -25,7 +25,8 @@ struct Attention {
     const int64_t* lengths;
     int64_t documents, heads, keys, d, tokens;  // keys: heads of keys and values
     float scale, cap;
-    int64_t window;  // 0: none
+    int64_t window;      // 0: none
+    const float* sinks;  // a score per head that takes probability and gives nothing; or null
 
     // Which of 16 keys from `key` on a query sees.
     __mmask16 seen(int64_t query, int64_t key) const {
@@ -124,9 +125,9 @@ void put_rows(char* sums, const float* factors, int64_t count, int64_t d, bfloat
 #define ATTENTION                                                                              \
     const bfloat *q, const bfloat *k, const bfloat *v, const int64_t *lengths, int64_t documents, \
         int64_t heads, int64_t keys, int64_t d, int64_t tokens, int64_t qh, int64_t qt, int64_t kh, \
-        int64_t kt, int64_t vh, int64_t vt, float scale, float cap, int64_t window
+        int64_t kt, int64_t vh, int64_t vt, float scale, float cap, int64_t window, const float *sinks
 #define THE_ATTENTION                                                                          \
     Attention { {q, qh, qt}, {k, kh, kt}, {v, vh, vt}, lengths, documents, heads, keys, d, tokens, \
-                scale, cap, window }
+                scale, cap, window, sinks }
 
 #endif

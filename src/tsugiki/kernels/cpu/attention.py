@@ -17,12 +17,13 @@ from tsugiki.kernels.cpu.compiled import call
 
 class Documents(NamedTuple):
     """How attention goes: lengths (n,) int64 of documents that lie end to end, a factor on scores,
-    how many tokens each sees, and c of c·tanh(x / c)."""
+    how many tokens each sees, c of c·tanh(x / c), and a score (H,) fp32 beside each head's own."""
 
     lengths: Tensor
     scale: float
     window: int | None
     softcap: float | None
+    sinks: Tensor | None = None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, how: Documents) -> tuple[Tensor, Tensor]:
@@ -55,7 +56,7 @@ def _attention(name: str, q: Tensor, k: Tensor, v: Tensor, how: Documents, *give
     assert all(x.is_contiguous() for x in given)
     strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
     sizes = (len(how.lengths), heads, k.shape[0], width, tokens)
-    limits = (float(how.scale), float(how.softcap or 0), how.window or 0)
+    limits = (float(how.scale), float(how.softcap or 0), how.window or 0, how.sinks)
     if not call(name, q, q, k, v, how.lengths, *sizes, *strides, *limits, *given):
         longest = int(how.lengths.max())
         raise MemoryError(f"no memory for attention over {longest} tokens")

@@ -125,7 +125,8 @@ struct Attention {
     const int64_t* lengths;
     int64_t documents, heads, keys, d, tokens;  // keys: heads of keys and values
     float scale, cap;
-    int64_t window;  // 0: none
+    int64_t window;      // 0: none
+    const float* sinks;  // a score per head that takes probability and gives nothing; or null
 
     int64_t wide() const { return up(d, LANES); }
     // The first key that a query sees.
@@ -183,21 +184,22 @@ inline Lanes score(const Attention& a, Lanes x) {
 }
 
 // Scores of one query to e^(score - the largest); gives the largest, and the sum.
-inline float weigh(const Attention& a, const Seen& seen, float* s, float& total) {
+inline float weigh(const Attention& a, const Seen& seen, int64_t head, float* s, float& total) {
+    const float sink = a.sinks ? a.sinks[head] : -INFINITY;
     Lanes most = Lanes{} - INFINITY, sum{};
     for (int64_t j = seen.low; j < seen.high; j += LANES) {
         const Lanes x = seen.of(score(a, at(s + j)), j);
         at(s + j) = x;
         most = x > most ? x : most;
     }
-    float top = -INFINITY;
+    float top = sink;
     for (int64_t i = 0; i < LANES; ++i) top = std::max(top, most[i]);
     for (int64_t j = seen.low; j < seen.high; j += LANES) {
         const Lanes e = exponential(at(s + j) - top);
         at(s + j) = e;
         sum += e;
     }
-    total = 0.0f;
+    total = a.sinks ? exponential(sink - top) : 0.0f;
     for (int64_t i = 0; i < LANES; ++i) total += sum[i];
     return top;
 }
@@ -231,7 +233,7 @@ bool forward(const Attention& a, float* out, float* norms, int threads) {
                     const Seen seen = a.seen(query + i, from, i < high ? to - from : 0);
                     if (i < high) {
                         const int64_t place = t.head * a.tokens + t.start + query + i;
-                        norms[place] = weigh(a, seen, row, sum);
+                        norms[place] = weigh(a, seen, t.head, row, sum);
                         norms[a.heads * a.tokens + place] = factors[i] = 1.0f / sum;
                     }
                     seen.clear(row, 0, to - from);
@@ -372,10 +374,10 @@ bool backward(const Attention& a, const Gradients& to, int threads) {
 #define ATTENTION                                                                                   \
     const float *q, const float *k, const float *v, const int64_t *lengths, int64_t documents,      \
         int64_t heads, int64_t keys, int64_t d, int64_t tokens, int64_t qh, int64_t qt, int64_t kh, \
-        int64_t kt, int64_t vh, int64_t vt, float scale, float cap, int64_t window
+        int64_t kt, int64_t vh, int64_t vt, float scale, float cap, int64_t window, const float *sinks
 #define THE_ATTENTION                                                                               \
     Attention { {q, qh, qt}, {k, kh, kt}, {v, vh, vt}, lengths, documents, heads, keys, d, tokens,  \
-                scale, cap, window }
+                scale, cap, window, sinks }
 
 extern "C" {
 
