@@ -72,6 +72,17 @@ UNKNOWN: dict[str, tuple[dict[str, object], list[object]]] = {
         {"original_question": "o", "query": "q", "response": "a"},
         [("user", "q"), ("assistant", "a")],
     ),
+    "no name that says it alone": (
+        {"title": "t", "question_text": "q", "answer_text": "a"},
+        [("user", "q"), ("assistant", "a")],
+    ),
+    "a system prompt that is the prompt": (
+        {"system_prompt": "s", "response": "a"}, [("user", "s"), ("assistant", "a")]
+    ),
+    "a rated pair": (
+        {"source": "x", "prompt": "q", "chosen": "a", "rejected": "b", "chosen_model": "m"},
+        [("user", "q"), ("assistant", "a")],
+    ),
     "CommonsenseQA": (
         {"question": "q", "choices": {"label": ["A", "B"], "text": ["x", "y"]}, "answerKey": "B"},
         [("user", "q"), ("assistant", "y")],
@@ -99,6 +110,20 @@ def test_an_unknown_layout_shows_the_columns_and_flags_that_work(tmp_path: Path,
     assert [(m.role, m.content) for m in found.messages] or [found.text] == wanted
 
 
+def test_an_odd_choice_costs_its_row_and_a_null_system_prompt_nothing(tmp_path: Path) -> None:
+    choices = {"label": ["A"], "text": ["x"]}
+    path = write(tmp_path, "a.jsonl", lines(
+        {"q": "1", "s": None, "choices": choices, "key": "A"},
+        {"q": "2", "s": "s", "choices": choices, "key": ["A"]},
+        {"q": "3", "s": "s", "choices": choices | {"label": [["A"]]}, "key": "A"},
+        {"q": "4", "s": "s", "choices": choices | {"label": None}, "key": "A"},
+    ))  # fmt: skip
+    rows = read_rows(path, columns={"prompt": "q", "answer": "choices[key]", "system": "s"})
+    assert told(rows) == [[("user", "1"), ("assistant", "x")]]
+    assert len(rows.skipped) == 3
+    assert all("is not there" in skip.reason for skip in rows.skipped)
+
+
 def test_a_backslash_n_from_a_shell_is_a_new_line_and_told(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", lines({"q": "x", "a": "y"}))
     typed = read_rows(path, prompt_template=r"{q}\nA or B?", answer_template="{a}")
@@ -117,6 +142,8 @@ def test_a_backslash_n_from_a_shell_is_a_new_line_and_told(tmp_path: Path) -> No
         {"question": "q", "context": "c", "answers": []},
         {"id": "7", "turns": [5, "a"], "x": "q"},
         {"chosen": "Human: q Assistant: a", "rejected": "Human: q Assistant: b"},
+        {"source": "evol", "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": [{}], "rejected": [{}], "score_chosen": 1.0, "chosen-model": "m"},
     ],
 )
 def test_no_flags_are_proposed_that_would_not_work(tmp_path: Path, row: dict[str, object]) -> None:

@@ -113,13 +113,18 @@ def test_runs_adapters_and_models_in_a_folder_are_not_rows(tmp_path: Path) -> No
         ("kept/a/adapter_config.json", "kept/a/tokenizer.json"),
         ("base/tokenizer_config.json", "base/notes.txt"),
     ):
-        for name in (mark, beside):
+        for name in (mark, beside, *(["run/config.yaml"] if mark.startswith("run") else [])):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             write(tmp_path, name, lines({"text": "not a row"}))
     rows = read_rows(tmp_path)
     assert (rows.seen, len(rows.rows)) == (1, 1)
     assert rows.notes == ("runs, adapters and models are not read as rows: base, kept/a, run",)
     assert read_rows(tmp_path / "run" / "samples.jsonl").seen == 1, "named, it is read"
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(DataError, match=r"got: .*base, kept/a, run"):
+        read_rows(tmp_path)
+    (tmp_path / "run" / "config.yaml").unlink()
+    assert read_rows(tmp_path).seen == 2, "a name that other people use too is not enough"
 
 
 def test_a_link_to_nothing_says_so(tmp_path: Path) -> None:

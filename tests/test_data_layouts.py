@@ -45,6 +45,7 @@ def test_squads_own_files_are_a_row_a_question(tmp_path: Path) -> None:
             "answers": [{"text": "a1", "answer_start": 0}, {"text": "b"}],
         },
         {"id": "2", "question": "q2", "answers": [], "is_impossible": True},
+        {"id": "3", "question": "q3", "answers": {"text": ["a3"], "answer_start": [0]}},
         "not one",
     ]
     articles = [
@@ -55,10 +56,11 @@ def test_squads_own_files_are_a_row_a_question(tmp_path: Path) -> None:
     rows = read_rows(path)
     assert rows.layout == "question + context/answer"
     assert told(rows) == [
-        [("user", "q1\nc"), ("assistant", "a1")], [("user", "q1\ne"), ("assistant", "a1")]
+        [("user", "q1\nc"), ("assistant", "a1")], [("user", "q3\nc"), ("assistant", "a3")],
+        [("user", "q1\ne"), ("assistant", "a1")],
     ]  # fmt: skip
     assert [skip.source.removeprefix(f"{path} ") for skip in rows.skipped] == [
-        "row 1 question 2", "row 1 question 3"
+        "row 1 question 2", "row 1 question 4"
     ]  # fmt: skip
     assert "'answer' is null" in rows.skipped[0].reason
 
@@ -78,6 +80,8 @@ def test_messages_of_a_tree_are_not_texts(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="join it with its parents, by parent_id") as caught:
         read_rows(write(tmp_path, "a.jsonl", lines(row)))
     assert caught.value.flags == ()
+    mixed = read_rows(write(tmp_path, "c.jsonl", lines({"text": "t"}, row)))
+    assert [one.text for one in mixed.rows] == ["t"]
     asked = read_rows(write(tmp_path, "b.jsonl", lines(row)), columns={"text": "text"})
     assert [one.text for one in asked.rows] == ["a reply"]
 
@@ -87,6 +91,11 @@ def test_a_label_beside_a_text_is_offered(tmp_path: Path) -> None:
     assert rows.layout == "text"
     flags = "--columns prompt=text,answer=label"
     assert rows.notes == (f"columns not used: label, date (to use one: {flags})",)
+    for odd in ("language_score", "source_code", "answer, final", "label{x}", "subclass"):
+        rows = read_rows(write(tmp_path, "b.jsonl", lines({"text": "nice", odd: "1"})))
+        assert rows.notes == (f"columns not used: {odd}",)
+    listed = read_rows(write(tmp_path, "c.jsonl", lines({"text": "nice", "output": ["a"]})))
+    assert (listed.layout, listed.rows[0].text) == ("text", "nice")
 
 
 def test_history_is_earlier_turns(tmp_path: Path) -> None:

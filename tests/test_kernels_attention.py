@@ -36,6 +36,7 @@ CASES = [
     (2, 2, 32, (260,), 128, None),
     (4, 2, 80, (150, 33), None, None),
     (2, 1, 8, (140,), 60, 8.0),
+    (2, 2, 16, (90,), None, 1e4),
 ]
 
 
@@ -89,8 +90,8 @@ def test_it_is_as_near_to_exact_as_plain_products(
         ("out", "q", "k", "v"), errors(found, exact), errors(plain, exact), strict=True
     ):
         # in fp32 the gradient of a score is the difference of two sums, one of them by way of the
-        # output: short documents show it; and a cap's tanh is taken from e^x
-        bound = 1.05 if half else 1.5 if name in "qk" or softcap else 1.2
+        # output: short documents show it
+        bound = 1.05 if half else 1.5 if name in "qk" else 1.2
         # window 1: each token sees itself alone, so scores have no gradient but rounding
         assert ours <= bound * theirs or (window == 1 and name in "qk"), name
 

@@ -145,6 +145,8 @@ def test_advice_is_in_terms_of_the_run() -> None:
     assert "--learning-rate 0.0001, --lora-r 32 --lora-alpha 64" in said
     for words in ("--lora-dropout 0.1", "--learning-rate 3e-05", "--lora-r 8", "--epochs"):
         assert words in overfitting(guide)
+    scaled = build_config({"lora": {"r": 16, "alpha": 128}})
+    assert "--lora-r 8 --lora-alpha 64" in overfitting(scaled), "the scale stays"
     quick = build_config(
         {"train": {"learning_rate": 2.5e-3, "epochs": 1}, "lora": {"dropout": 0.2}}
     )

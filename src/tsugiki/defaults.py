@@ -54,8 +54,9 @@ def choose_epochs(rows: int, labelled_tokens: int) -> tuple[float, str]:
 
 
 def choose_looks(rows: int, held_out: int, epochs: float) -> tuple[int, str]:
-    """How often a run computes the held-out loss, and why: about ten times, or so seldom that it
-    takes a tenth of the training's own time, but four times at least."""
+    """How often a run computes the held-out loss beside once before its first step, and why: about
+    ten times, or so seldom that it takes a tenth of the training's own time, but about four times.
+    """
     affordable = LOOKING * epochs * rows / (LOOK_COST * held_out) if held_out else math.inf
     if affordable >= MOST_LOOKS:
         return MOST_LOOKS, "about ten times"

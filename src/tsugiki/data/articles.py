@@ -26,10 +26,18 @@ def questions(article: dict[str, Any]) -> Iterator[Any]:
             if not isinstance(asked, dict):
                 yield asked
                 continue
-            answers = asked.get("answers")
-            first = answers[0] if isinstance(answers, list) and answers else None
             yield {
                 "question": asked.get("question"),
                 "context": paragraph.get("context"),
-                "answer": first.get("text") if isinstance(first, dict) else None,
+                "answer": _first(asked.get("answers", asked.get("answer"))),
             }
+
+
+def _first(answers: Any) -> Any:
+    """The first of several, as a text or within an object; None where there is none."""
+    while isinstance(answers, list | dict):
+        if isinstance(answers, dict):
+            answers = answers.get("text")
+        else:
+            answers = answers[0] if answers else None
+    return answers

@@ -20,10 +20,12 @@ ASKING = (
     "question", "prompt", "instruction", "query", "input", "source", "document", "title",
     "質問", "指示", "問題", "入力",
 )  # fmt: skip
+PLAINLY = ASKING[:5]  # words that say it by themselves: a column of that very name is the one
 ANSWERING = (
     "answer", "response", "completion", "output", "reply", "target", "summary", "sql", "code",
     "translation", "chosen", "回答", "答え", "応答", "出力",
 )  # fmt: skip
+PLAINLY_ANSWERING = ANSWERING[:5]
 CLASSES = ("label", "class", "category", "score", "rating")  # answers that are numbers
 PREFERRED = ("chosen", "rejected")  # pairs of answers, one better than the other
 SYSTEM = ("system_prompt", "system", "システム")
@@ -58,7 +60,8 @@ class Given:
         value = record.value
         if self.text:
             return raw_text(fill(self.text, value), record.source)
-        system = fill(self.system, value) if self.system else None
+        silent = any(value.get(n.strip(), "") is None for n, _ in FIELD.findall(self.system))
+        system = fill(self.system, value) if self.system and not silent else None
         return pair(fill(self.prompt, value), fill(self.answer, value), system, record.source)
 
     def used(self, value: Mapping[str, Any]) -> set[str]:
@@ -144,8 +147,8 @@ def fill(template: str, value: Mapping[str, Any]) -> str:
         found, said = value.get(name), name
         for key in keys:
             said = f"{said}[{key}]"
-            found = _by_label(found, key)
             try:
+                found = _by_label(found, key)
                 found = found[key] if isinstance(found, dict) else found[int(key)]
             except (KeyError, IndexError, ValueError, TypeError):
                 raise RowProblem(f"{said} is not there") from None
@@ -158,21 +161,24 @@ def propose(value: Mapping[str, Any]) -> tuple[str, ...]:
     """Flags that read a row of unknown layout, by what its columns are called; () where none do."""
     named = {str(k): v for k, v in value.items() if not is_numbering(str(k))}
     if set(PREFERRED) <= named.keys():
-        del named[PREFERRED[1]]
-        if not any(_near([k], ASKING) for k in named):
+        if not isinstance(named["chosen"], str) or not any(_near([k], PLAINLY) for k in named):
             return ()
+        named = {k: v for k, v in named.items() if k == "chosen" or not _near([k], PREFERRED)}
     system = next((k for k in SYSTEM if isinstance(named.get(k), str)), None)
+    if sum(isinstance(v, str) for v in named.values()) < 3:
+        system = None
     named.pop(system or "", None)
     plain = [k for k, v in named.items() if type(v) in (str, int, float)]
     texts = [k for k in plain if isinstance(named[k], str)]
     if not texts:
         return ()
-    prompt = _near(texts, ASKING) or texts[0]
+    prompt = _named(texts, PLAINLY) or _near(texts, ASKING) or texts[0]
     plain = [k for k in plain if k != prompt and not _near([k], CONTEXT)]
     rest = [k for k in texts if k in plain]
     held = _held(named)
     answer = (
         _indexed(value, plain)
+        or _named(rest, PLAINLY_ANSWERING)
         or _near(rest, ANSWERING)
         or _near(held, ANSWERING)
         or (rest[-1] if rest else None)
@@ -208,8 +214,11 @@ def is_numbering(name: str) -> bool:
 
 
 def answers(name: str) -> bool:
-    """Whether a column's name says that it answers the others."""
-    return _near([name], (*ANSWERING, *CLASSES)) is not None
+    """Whether a column's name says that it answers the others, as a word of its own."""
+    words = re.split(r"[^a-z0-9]+", name.lower()) if name.isascii() else [name]
+    return not {"score", "rating", "code"} & set(words) and any(
+        word in (*ANSWERING, *CLASSES) for word in words
+    )
 
 
 def _held(value: Mapping[str, Any]) -> list[str]:
@@ -238,7 +247,9 @@ def _indexed(value: Mapping[str, Any], plain: list[str]) -> str | None:
     return None
 
 
+def _named(names: list[str], wanted: tuple[str, ...]) -> str | None:
+    return next((n for w in wanted for n in names if w == n.lower()), None)
+
+
 def _near(names: list[str], wanted: tuple[str, ...]) -> str | None:
-    """The name that is one of these, else the first that holds one."""
-    exact = next((n for w in wanted for n in names if w == n.lower()), None)
-    return exact or next((n for w in wanted for n in names if w in n.lower()), None)
+    return next((n for w in wanted for n in names if w in n.lower()), None)

@@ -16,7 +16,7 @@ from typing import Any
 from tsugiki.data.columns import given_templates, propose
 from tsugiki.data.files import NOT_UTF8, Note, Record, Skipped, read_records, reasons
 from tsugiki.data.layouts import by_layout, detect, is_tree, shown
-from tsugiki.data.named import ROW_SUFFIXES, data_files, made_folders
+from tsugiki.data.named import ROW_SUFFIXES, data_files, made_folders, named_folders
 from tsugiki.data.row import Row, RowProblem, column_names
 from tsugiki.data.unreadable import to_utf8
 from tsugiki.data.unused import Unused
@@ -84,7 +84,7 @@ def read_rows(
                     layout, row = "columns", given.row(record)
                     used: Collection[str] = given.used(record.value)
                 else:
-                    layout = detect(record.value) or layout
+                    layout = detect(record.value) or (None if is_tree(record.value) else layout)
                     if layout is None:
                         unknown = unknown or record.value
                         raise RowProblem(f"layout not known ({column_names(record.value)})")
@@ -111,9 +111,8 @@ def read_rows(
         _nothing(path, skipped, unknown)
     made = made_folders(path) if path.is_dir() else []
     if made:
-        names = ", ".join(str(folder.relative_to(path)) for folder in made[:3])
-        more = f" and {len(made) - 3} more" if len(made) > 3 else ""
-        notes.append(f"runs, adapters and models are not read as rows: {names}{more}")
+        left = named_folders(made, path)
+        notes.append(f"runs, adapters and models are not read as rows: {left}")
     if path.is_dir() and files[0].suffix.lower() in ROW_SUFFIXES:
         texts = sum(
             1

@@ -41,7 +41,9 @@ def detect(value: Mapping[str, Any]) -> str | None:
         if isinstance(held, list) or (isinstance(held, str) and OBJECTS.match(held)):
             return name
     for name, (prompt, answer) in PAIRS.items():
-        if prompt in value and answer in value:
+        if prompt not in value or answer not in value:
+            continue
+        if name != "text/output" or not isinstance(value[answer], list | dict):
             return name
     return "text" if "text" in value and not is_tree(value) else None
 

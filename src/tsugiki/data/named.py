@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from tsugiki.data.unreadable import elsewhere, refuse_packed
@@ -10,7 +11,7 @@ from tsugiki.errors import DataError
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 SUFFIXES = (*ROW_SUFFIXES, ".txt", ".md")
 # What tells a run's, an adapter's and a model's folder: their JSON is not rows.
-MADE = ("decisions.json", "adapter_config.json", "tokenizer_config.json")
+MADE = (("decisions.json", "config.yaml"), ("adapter_config.json",), ("tokenizer_config.json",))
 
 
 def find_data(named: Path | None) -> Path:
@@ -55,6 +56,7 @@ def data_files(path: Path) -> list[Path]:
         if not found:
             raise DataError(
                 f"the folder {path} holds no data files",
+                got=f"runs, adapters or models: {named_folders(made, path)}" if made else None,
                 allowed=", ".join(SUFFIXES),
                 fix="put the rows there, or name the file that holds them",
             )
@@ -73,5 +75,17 @@ def data_files(path: Path) -> list[Path]:
 
 def made_folders(path: Path) -> list[Path]:
     """Folders of runs, adapters and models within a folder of data, sorted; none within another."""
-    found = {p.parent for mark in MADE for p in path.rglob(mark)} - {path}
+    found = {
+        p.parent
+        for first, *others in MADE
+        for p in path.rglob(first)
+        if all((p.parent / other).exists() for other in others)
+        and not any(part.startswith(".") for part in p.relative_to(path).parts)
+    } - {path}
     return sorted(folder for folder in found if found.isdisjoint(folder.parents))
+
+
+def named_folders(folders: Iterable[Path], path: Path) -> str:
+    """Folders within another, the first three by name."""
+    names = sorted(str(folder.relative_to(path)) for folder in folders)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

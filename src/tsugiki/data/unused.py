@@ -49,7 +49,7 @@ class Unused:
 
 def _flags(name: str, used: Sequence[str], layout: str) -> str:
     """Flags that put a column behind the prompt, or learn it from a text; '' where none can."""
-    if layout == "text" and answers(name):
+    if layout == "text" and answers(name) and not set("{}[],=") & set(name):
         return f"--columns prompt=text,answer={shlex.quote(name)}"
     if layout not in PAIRS or "history" in used or any(set("{}[]") & set(n) for n in (name, *used)):
         return ""

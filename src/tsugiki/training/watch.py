@@ -70,7 +70,8 @@ class Watch:
     def _more_rank(self) -> str:
         if self.config.train.method == "full":
             return ""
-        return f", --lora-r {2 * self.config.lora.r} --lora-alpha {4 * self.config.lora.r}"
+        lora = self.config.lora
+        return f", --lora-r {2 * lora.r} --lora-alpha {2 * lora.resolved_alpha:g}"
 
     def _less(self) -> str:
         """What learns by heart less quickly, of what this run may still lower."""
@@ -79,7 +80,7 @@ class Watch:
         if train.method == "lora" and lora.dropout < 0.1:
             ways.insert(0, "--lora-dropout 0.1")
         if train.method == "lora" and lora.r > 1:
-            ways.append(f"--lora-r {lora.r // 2}")
+            ways.append(f"--lora-r {lora.r // 2} --lora-alpha {lora.resolved_alpha / 2:g}")
         if train.epochs is None or train.epochs > 1:
             ways.append("fewer --epochs")
         return f"{', '.join(ways[:-1])} or {ways[-1]}" if len(ways) > 1 else ways[0]

@@ -55,7 +55,7 @@ float weigh(const Attention& a, char* scores, int64_t row, int64_t seen, int64_t
     return r.carry(now, _mm512_add_ps(all[0], all[1]));
 }
 
-// The same with a cap or a window, for a query at its own place.
+// The same with a cap, a window or a scale that is not positive, for a query at its own place.
 float weigh_some(const Attention& a, char* scores, int64_t row, int64_t query, int64_t key,
                  int64_t count, Running& r, bfloat* p) {
     const __m512 scale = _mm512_set1_ps(a.scale);

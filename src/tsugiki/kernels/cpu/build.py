@@ -61,10 +61,10 @@ def _built(compiler: list[str]) -> Path:
     command = [*compiler, *FLAGS]
     if platform.machine() == "x86_64":
         command.append("-mprefer-vector-width=512")
-    command += shlex.split(os.environ.get(MORE_FLAGS, ""))
     version = _run([*compiler, "--version"])
     if "clang" in version:  # its `fast` joins a product with a sum even where the source forbids it
         command.append("-ffp-contract=on")
+    command += shlex.split(os.environ.get(MORE_FLAGS, ""))
     # torch's own OpenMP: a second one would be a second set of threads on the same cores
     openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))[:1]
     texts = [source.read_text() for source in SOURCES]

@@ -44,6 +44,15 @@ inline Lanes exponential(Lanes x) {
     return p * (Lanes)(((Whole)shifted - (0x4b400000 - 127)) << 23);
 }
 
+// Near zero by its series: there 1 - 2 / (1 + e^2x) would lose what is small.
+inline Lanes hyperbolic_tangent(Lanes x) {
+    const Lanes y = x * x;
+    Lanes series = y * (-1382.0f / 155925) + 62.0f / 2835;
+    series = y * (y * series - 17.0f / 315) + 2.0f / 15;
+    series = x + x * y * (y * series - 1.0f / 3);
+    return y < 0.16f ? series : 1.0f - 2.0f / (1.0f + exponential(2.0f * x));
+}
+
 // Memory of one thread; `at` is null where there was none.
 struct Room {
     float* at;
@@ -179,8 +188,7 @@ void lay_panels(const float* from, int64_t stride, int64_t length, int64_t d, fl
 // Products of queries and keys, scaled and capped.
 inline Lanes score(const Attention& a, Lanes x) {
     x *= a.scale;
-    if (a.cap > 0.0f) x = a.cap - 2.0f * a.cap / (1.0f + exponential(2.0f / a.cap * x));
-    return x;
+    return a.cap > 0.0f ? a.cap * hyperbolic_tangent(x / a.cap) : x;
 }
 
 // Scores of one query to e^(score - the largest); gives the largest, and the sum.
