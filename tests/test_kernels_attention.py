@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -202,6 +203,25 @@ def test_sinks_take_probability_and_give_nothing(dtype: torch.dtype, window: int
     assert max(errors(found, exact)) < bound
     small = [x[..., 3, :] if n == 0 else x[:, 3] for n, x in enumerate((found[0], found[1]))]
     assert all(float(x.abs().max()) < 1e-6 for x in small), "a sink of 40 takes all"
+
+
+@BOTH
+def test_attention_that_is_sure_of_itself_takes_no_longer(dtype: torch.dtype) -> None:
+    """Its weights of most keys are numbers so small that a processor takes 100 times as long."""
+    torch.manual_seed(6)
+    grad = torch.randn(1, 400, 4, 8).to(dtype) * 1e-4
+    taken: dict[float, list[float]] = {1.0: [], 300.0: []}
+    for _ in range(7):
+        for size, seconds in taken.items():
+            q, k, v = (draw(heads, 400, 8, dtype) for heads in (4, 2, 2))
+            inputs = [x.detach().requires_grad_() for x in (q * size, k, v * 1e-2)]
+            began = time.perf_counter()
+            out = packed_attention(
+                inputs[0], inputs[1], inputs[2], ForwardBatch((400,)), scale=0.3
+            )  # fmt: skip
+            torch.autograd.grad(out, inputs, grad)
+            seconds.append(time.perf_counter() - began)
+    assert min(taken[300.0]) < 4 * min(taken[1.0]), "60 times, before small numbers became zeros"
 
 
 @BOTH

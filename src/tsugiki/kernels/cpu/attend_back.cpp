@@ -215,6 +215,7 @@ bool backward(const Attention& a, const Gradients& to, int threads) {
 #pragma omp parallel num_threads(threads) reduction(&& : whole) if (threads > 1)
     {
         const Registers registers;
+        const Flushing flushing;
         Desk desk(most, a.d);
         whole = desk.whole();
 #pragma omp for schedule(dynamic)

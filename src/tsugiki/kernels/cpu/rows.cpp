@@ -219,6 +219,7 @@ bool forward(const Attention& a, float* out, float* norms, int threads) {
     bool whole = true;
 #pragma omp parallel num_threads(threads) reduction(&& : whole) if (threads > 1)
     {
+        const Flushing flushing;
         const Room keys(most * d), values(most * wide), x(QUERIES * wide), scores(QUERIES * most);
         const Room sums(QUERIES * wide);
         whole = keys.at && values.at && x.at && scores.at && sums.at;
@@ -361,6 +362,7 @@ bool backward(const Attention& a, const Gradients& to, int threads) {
     bool whole = true;
 #pragma omp parallel num_threads(threads) reduction(&& : whole) if (threads > 1)
     {
+        const Flushing flushing;
         Desk desk(most, a.d, a.wide());
         whole = desk.whole();
 #pragma omp for schedule(dynamic)
