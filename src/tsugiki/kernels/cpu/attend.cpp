@@ -84,7 +84,7 @@ float weigh_some(const Attention& a, char* scores, int64_t row, int64_t query, i
 
 // out (tokens, heads, d), norms (heads, tokens): log of the sum of e^score. Whether there was memory.
 bool forward(const Attention& a, bfloat* out, float* norms, int threads) {
-    const int64_t most = longest(a), d = a.d;
+    const int64_t most = longest(a, BLOCK), d = a.d;
     const bool plain = a.cap <= 0.0f && !a.window && a.scale > 0.0f;
     bool whole = true;
 #pragma omp parallel num_threads(threads) reduction(&& : whole) if (threads > 1)
@@ -161,8 +161,8 @@ bool forward(const Attention& a, bfloat* out, float* norms, int threads) {
 extern "C" {
 
 // 0: no memory.
-int attend_bf16(ATTENTION, bfloat* out, float* norms, int threads) {
-    return forward(THE_ATTENTION, out, norms, threads);
+int attend_bf16(ATTENTION(bfloat), bfloat* out, float* norms, int threads) {
+    return forward(Attention{THE_ATTENTION}, out, norms, threads);
 }
 }
 #endif

@@ -2,10 +2,11 @@
 //
 // No matrix of scores is in memory: 32 queries meet a block of keys at a time (Dao et al.,
 // arXiv:2205.14135). Nothing is padded and nothing gathered: a document is rows of the flat batch.
-// Each head of each document is one task, so results do not depend on threads. Knows no torch.
+// Knows no torch.
 
 #pragma once
 
+#include "documents.hpp"
 #include "tiles.hpp"
 
 #ifdef TILES
@@ -13,29 +14,15 @@ namespace {
 
 constexpr int64_t BLOCK = 128;  // keys at a time, and on the way back queries
 
-// Of a tensor: entry (head, token) begins at head · hs + token · ts.
-struct Rows {
-    const bfloat* at;
-    int64_t hs, ts;
-    const bfloat* row(int64_t head, int64_t token) const { return at + head * hs + token * ts; }
-};
-
-struct Attention {
-    Rows q, k, v;
-    const int64_t* lengths;
-    int64_t documents, heads, keys, d, tokens;  // keys: heads of keys and values
-    float scale, cap;
-    int64_t window;      // 0: none
-    const float* sinks;  // a score per head that takes probability and gives nothing; or null
-
+struct Attention : Asked<bfloat> {
     // Which of 16 keys from `key` on a query sees.
     __mmask16 seen(int64_t query, int64_t key) const {
-        const __mmask16 past = first(query + 1 - key);
-        return window ? past & ~first(query + 1 - window - key) : past;
+        const __mmask16 past = ::first(query + 1 - key);
+        return window ? past & ~::first(query + 1 - window - key) : past;
     }
     // The first key that any query from this one on sees, down to whole blocks.
     int64_t begin(int64_t query) const {
-        return window ? std::max<int64_t>(0, query + 1 - window) / BLOCK * BLOCK : 0;
+        return Asked::first(query) / BLOCK * BLOCK;
     }
     // 32 queries see none or all of 32 keys.
     bool blind(int64_t query, int64_t key) const {
@@ -45,24 +32,6 @@ struct Attention {
         return key + SIDE - 1 <= query && (!window || key + window > query + SIDE - 1);
     }
 };
-
-// One head of one document.
-struct Task {
-    int64_t head, key, start, length;
-};
-
-Task task_of(const Attention& a, int64_t number) {
-    int64_t document = number / a.heads, start = 0;
-    for (int64_t i = 0; i < document; ++i) start += a.lengths[i];
-    const int64_t head = number % a.heads;
-    return {head, head / (a.heads / a.keys), start, a.lengths[document]};
-}
-
-int64_t longest(const Attention& a) {
-    int64_t most = 0;
-    for (int64_t i = 0; i < a.documents; ++i) most = std::max(most, a.lengths[i]);
-    return up(most, BLOCK);
-}
 
 // `count` rows of d entries, with zeros below them up to `all`.
 void copy_rows(const bfloat* from, int64_t stride, int64_t count, int64_t all, int64_t d,
@@ -119,15 +88,5 @@ void put_rows(char* sums, const float* factors, int64_t count, int64_t d, bfloat
 }
 
 }  // namespace
-
-// What both ways are given, and how to read it. Strides in entries; q (heads, tokens, d), k and v
-// (keys, tokens, d), d in 32s.
-#define ATTENTION                                                                              \
-    const bfloat *q, const bfloat *k, const bfloat *v, const int64_t *lengths, int64_t documents, \
-        int64_t heads, int64_t keys, int64_t d, int64_t tokens, int64_t qh, int64_t qt, int64_t kh, \
-        int64_t kt, int64_t vh, int64_t vt, float scale, float cap, int64_t window, const float *sinks
-#define THE_ATTENTION                                                                          \
-    Attention { {q, qh, qt}, {k, kh, kt}, {v, vh, vt}, lengths, documents, heads, keys, d, tokens, \
-                scale, cap, window, sinks }
 
 #endif

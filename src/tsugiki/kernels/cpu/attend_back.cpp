@@ -7,13 +7,6 @@
 #ifdef TILES
 namespace {
 
-struct Gradients {
-    const bfloat *out, *grad;  // (tokens, heads, d)
-    const float* norms;
-    bfloat *q, *k, *v;      // (tokens, heads, d), (tokens, keys, d) twice
-    float *parts_k, *parts_v;  // (heads, tokens, d)
-};
-
 // Σ x · y of d entries. Written out: compilers leave the plain loop scalar in here.
 inline float inner(const bfloat* x, const bfloat* y, int64_t d) {
     __m512 sum = _mm512_setzero_ps();
@@ -119,7 +112,7 @@ void collect(const bfloat* rows, const bfloat* weights, int64_t keys, int64_t d,
         }
 }
 
-void back_of(const Attention& a, const Gradients& to, const Task& t, Desk& m) {
+void back_of(const Attention& a, const Gradients<bfloat>& to, const Task& t, Desk& m) {
     const int64_t d = a.d, stride = a.heads * d;
     Nothing nothing;
     bfloat *spare = reinterpret_cast<bfloat*>(m.last.at), *x = reinterpret_cast<bfloat*>(m.x.at);
@@ -196,51 +189,19 @@ void back_of(const Attention& a, const Gradients& to, const Task& t, Desk& m) {
     put_turned(m.value_sums.at, t.length, d, to.parts_v + part);
 }
 
-// The heads that share keys, summed for one token.
-void join(const Attention& a, const float* parts, int64_t token, int64_t key, bfloat* y) {
-    const int64_t groups = a.heads / a.keys, d = a.d;
-    const float* from = parts + (key * groups * a.tokens + token) * d;
-    for (int64_t at = 0; at < d; at += 16) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t j = 0; j < groups; ++j)
-            sum = _mm512_add_ps(sum, _mm512_loadu_ps(from + j * a.tokens * d + at));
-        _mm256_storeu_si256((__m256i*)(y + (token * a.keys + key) * d + at),
-                            (__m256i)_mm512_cvtneps_pbh(sum));
-    }
-}
-
-bool backward(const Attention& a, const Gradients& to, int threads) {
-    const int64_t most = longest(a);
-    bool whole = true;
-#pragma omp parallel num_threads(threads) reduction(&& : whole) if (threads > 1)
-    {
-        const Registers registers;
-        const Flushing flushing;
-        Desk desk(most, a.d);
-        whole = desk.whole();
-#pragma omp for schedule(dynamic)
-        for (int64_t number = 0; number < a.documents * a.heads; ++number)
-            if (whole) back_of(a, to, task_of(a, number), desk);
-#pragma omp for
-        for (int64_t token = 0; token < a.tokens; ++token)
-            for (int64_t key = 0; key < a.keys; ++key) {
-                join(a, to.parts_k, token, key, to.k);
-                join(a, to.parts_v, token, key, to.v);
-            }
-    }
-    return whole;
-}
-
 }  // namespace
 
 extern "C" {
 
 // 0: no memory.
-int attend_back_bf16(ATTENTION, const bfloat* out, const bfloat* grad, const float* norms,
+int attend_back_bf16(ATTENTION(bfloat), const bfloat* out, const bfloat* grad, const float* norms,
                      bfloat* grad_q, bfloat* grad_k, bfloat* grad_v, float* parts_k,
                      float* parts_v, int threads) {
-    return backward(THE_ATTENTION,
-                    {out, grad, norms, grad_q, grad_k, grad_v, parts_k, parts_v}, threads);
+    const Attention a{THE_ATTENTION};
+    const Gradients<bfloat> to{out, grad, norms, grad_q, grad_k, grad_v, parts_k, parts_v};
+    return all_back<Registers, Desk>(
+        a, to, longest(a, BLOCK), threads,
+        [&](const Task& task, Desk& desk) { back_of(a, to, task, desk); });
 }
 }
 #endif

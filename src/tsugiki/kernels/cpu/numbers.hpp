@@ -36,6 +36,8 @@ class Flushing {
 #endif
 };
 
+inline int64_t up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
 struct bfloat {
     uint16_t bits;
 };

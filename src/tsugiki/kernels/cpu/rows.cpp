@@ -5,10 +5,9 @@
 // of keys at a time is computed again. Each head of each document is one task, so results do not
 // depend on threads. Plain C++ with the vectors of GCC and Clang. Knows no torch.
 
-#include <algorithm>
 #include <cstdlib>
 
-#include "numbers.hpp"
+#include "documents.hpp"
 
 namespace {
 
@@ -26,7 +25,6 @@ typedef int32_t Whole __attribute__((vector_size(LANES * 4)));
 
 inline Lanes& at(float* x) { return *reinterpret_cast<Lanes*>(x); }
 inline const Lanes& at(const float* x) { return *reinterpret_cast<const Lanes*>(x); }
-inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // e^x as numbers.hpp has it.
 inline Lanes exponential(Lanes x) {
@@ -103,13 +101,6 @@ void product(Left a, const float* w, int64_t ws, int64_t step, int64_t m, int64_
                        ys, add);
 }
 
-// Of a tensor: entry (head, token) begins at head · hs + token · ts.
-struct Heads {
-    const float* at;
-    int64_t hs, ts;
-    const float* row(int64_t head, int64_t token) const { return at + head * hs + token * ts; }
-};
-
 // What one query sees: keys from begin to end, in whole vectors from low to high.
 struct Seen {
     int64_t begin, end, low, high;
@@ -129,43 +120,14 @@ struct Seen {
     }
 };
 
-struct Attention {
-    Heads q, k, v;
-    const int64_t* lengths;
-    int64_t documents, heads, keys, d, tokens;  // keys: heads of keys and values
-    float scale, cap;
-    int64_t window;      // 0: none
-    const float* sinks;  // a score per head that takes probability and gives nothing; or null
-
+struct Attention : Asked<float> {
     int64_t wide() const { return up(d, LANES); }
-    // The first key that a query sees.
-    int64_t first(int64_t query) const {
-        return window ? std::max<int64_t>(0, query + 1 - window) : 0;
-    }
     // What a query sees of `count` keys from `key` on, counted from there.
     Seen seen(int64_t query, int64_t key, int64_t count) const {
         const int64_t end = std::clamp<int64_t>(query + 1 - key, 0, count);
         return {std::clamp<int64_t>(first(query) - key, 0, end), end};
     }
 };
-
-// One head of one document.
-struct Task {
-    int64_t head, key, start, length;
-};
-
-Task task_of(const Attention& a, int64_t number) {
-    int64_t document = number / a.heads, start = 0;
-    for (int64_t i = 0; i < document; ++i) start += a.lengths[i];
-    const int64_t head = number % a.heads;
-    return {head, head / (a.heads / a.keys), start, a.lengths[document]};
-}
-
-int64_t longest(const Attention& a) {
-    int64_t most = 0;
-    for (int64_t i = 0; i < a.documents; ++i) most = std::max(most, a.lengths[i]);
-    return up(most, PANEL);
-}
 
 // `count` rows of d entries, with zeros beside and below them up to (all, wide).
 void copy_rows(const float* from, int64_t stride, int64_t count, int64_t all, int64_t d,
@@ -215,7 +177,7 @@ inline float weigh(const Attention& a, const Seen& seen, int64_t head, float* s,
 // out (tokens, heads, d), norms (2, heads, tokens): the largest score and 1 / the sum of
 // e^(score - largest). Whether there was memory.
 bool forward(const Attention& a, float* out, float* norms, int threads) {
-    const int64_t most = longest(a), d = a.d, wide = a.wide();
+    const int64_t most = longest(a, PANEL), d = a.d, wide = a.wide();
     bool whole = true;
 #pragma omp parallel num_threads(threads) reduction(&& : whole) if (threads > 1)
     {
@@ -259,16 +221,10 @@ bool forward(const Attention& a, float* out, float* norms, int threads) {
     return whole;
 }
 
-struct Gradients {
-    const float *out, *grad;  // (tokens, heads, d)
-    const float* norms;  // (2, heads, tokens)
-    float *q, *k, *v;          // (tokens, heads, d), (tokens, keys, d) twice
-    float *parts_k, *parts_v;  // (heads, tokens, d)
-};
-
 // One thread's memory on the way back.
 struct Desk {
     const Room keys, turned, values, key_sums, value_sums, x, g, sums, p, s;
+    Desk(int64_t most, int64_t d) : Desk(most, d, up(d, LANES)) {}
     Desk(int64_t most, int64_t d, int64_t wide)
         : keys(most * d), turned(most * wide), values(most * d), key_sums(most * wide),
           value_sums(most * wide), x(QUERIES * wide), g(QUERIES * wide), sums(QUERIES * wide),
@@ -298,7 +254,7 @@ inline void slopes_of(const Attention& a, const Seen& seen, float* p, float* s, 
     }
 }
 
-void back_of(const Attention& a, const Gradients& to, const Task& t, Desk& m) {
+void back_of(const Attention& a, const Gradients<float>& to, const Task& t, Desk& m) {
     const int64_t d = a.d, wide = a.wide(), stride = a.heads * d, all = up(t.length, PANEL);
     lay_panels(a.k.row(t.key, t.start), a.k.ts, t.length, d, m.keys.at);
     lay_panels(a.v.row(t.key, t.start), a.v.ts, t.length, d, m.values.at);
@@ -347,59 +303,25 @@ void back_of(const Attention& a, const Gradients& to, const Task& t, Desk& m) {
     }
 }
 
-// The heads that share keys, summed for one token.
-void join(const Attention& a, const float* parts, int64_t token, int64_t key, float* y) {
-    const int64_t groups = a.heads / a.keys, d = a.d;
-    const float* from = parts + (key * groups * a.tokens + token) * d;
-    y += (token * a.keys + key) * d;
-    std::memcpy(y, from, d * 4);
-    for (int64_t j = 1; j < groups; ++j)
-        for (int64_t c = 0; c < d; ++c) y[c] += from[j * a.tokens * d + c];
-}
-
-bool backward(const Attention& a, const Gradients& to, int threads) {
-    const int64_t most = longest(a);
-    bool whole = true;
-#pragma omp parallel num_threads(threads) reduction(&& : whole) if (threads > 1)
-    {
-        const Flushing flushing;
-        Desk desk(most, a.d, a.wide());
-        whole = desk.whole();
-#pragma omp for schedule(dynamic)
-        for (int64_t number = 0; number < a.documents * a.heads; ++number)
-            if (whole) back_of(a, to, task_of(a, number), desk);
-#pragma omp for
-        for (int64_t token = 0; token < a.tokens; ++token)
-            for (int64_t key = 0; key < a.keys; ++key) {
-                join(a, to.parts_k, token, key, to.k);
-                join(a, to.parts_v, token, key, to.v);
-            }
-    }
-    return whole;
-}
+struct Nothing {
+    Nothing() {}
+};
 
 }  // namespace
-
-// What both ways are given. Strides in entries; q (heads, tokens, d), k and v (keys, tokens, d).
-#define ATTENTION                                                                                   \
-    const float *q, const float *k, const float *v, const int64_t *lengths, int64_t documents,      \
-        int64_t heads, int64_t keys, int64_t d, int64_t tokens, int64_t qh, int64_t qt, int64_t kh, \
-        int64_t kt, int64_t vh, int64_t vt, float scale, float cap, int64_t window, const float *sinks
-#define THE_ATTENTION                                                                               \
-    Attention { {q, qh, qt}, {k, kh, kt}, {v, vh, vt}, lengths, documents, heads, keys, d, tokens,  \
-                scale, cap, window, sinks }
 
 extern "C" {
 
 // 0: no memory.
-int attend_fp32(ATTENTION, float* out, float* norms, int threads) {
-    return forward(THE_ATTENTION, out, norms, threads);
+int attend_fp32(ATTENTION(float), float* out, float* norms, int threads) {
+    return forward(Attention{THE_ATTENTION}, out, norms, threads);
 }
 
-int attend_back_fp32(ATTENTION, const float* out, const float* grad, const float* norms,
+int attend_back_fp32(ATTENTION(float), const float* out, const float* grad, const float* norms,
                      float* grad_q, float* grad_k, float* grad_v, float* parts_k, float* parts_v,
                      int threads) {
-    return backward(THE_ATTENTION,
-                    {out, grad, norms, grad_q, grad_k, grad_v, parts_k, parts_v}, threads);
+    const Attention a{THE_ATTENTION};
+    const Gradients<float> to{out, grad, norms, grad_q, grad_k, grad_v, parts_k, parts_v};
+    return all_back<Nothing, Desk>(a, to, longest(a, PANEL), threads,
+                                   [&](const Task& task, Desk& desk) { back_of(a, to, task, desk); });
 }
 }

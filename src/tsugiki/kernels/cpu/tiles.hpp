@@ -246,7 +246,6 @@ struct Memory {
     char* at;
 };
 
-inline int64_t up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 // Equal parts of `whole`, each a multiple of `unit` and about `most` at most.
 inline int64_t part(int64_t whole, int64_t most, int64_t unit) {
