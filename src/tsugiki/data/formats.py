@@ -16,7 +16,7 @@ from typing import Any
 from tsugiki.data.columns import given_templates, propose
 from tsugiki.data.files import NOT_UTF8, Note, Record, Skipped, read_records, reasons
 from tsugiki.data.layouts import by_layout, detect, is_tree, shown
-from tsugiki.data.named import ROW_SUFFIXES, data_files, made_folders, named_folders
+from tsugiki.data.named import data_files, folder_notes
 from tsugiki.data.row import Row, RowProblem, column_names
 from tsugiki.data.unreadable import to_utf8
 from tsugiki.data.unused import Unused
@@ -109,18 +109,8 @@ def read_rows(
         if given is not None and first is not None:
             given.refuse_misspelt(path, first)
         _nothing(path, skipped, unknown)
-    made = made_folders(path) if path.is_dir() else []
-    if made:
-        left = named_folders(made, path)
-        notes.append(f"runs, adapters and models are not read as rows: {left}")
-    if path.is_dir() and files[0].suffix.lower() in ROW_SUFFIXES:
-        texts = sum(
-            1
-            for p in path.rglob("*")
-            if p.suffix.lower() in (".txt", ".md") and set(made).isdisjoint(p.parents)
-        )
-        if texts:
-            notes.append(f"{texts} text files beside the rows are not trained on")
+    if path.is_dir():
+        notes += folder_notes(path)
     notes += unused.notes()
     digest = hashlib.sha256("".join(sha256_file(f) for f in files).encode()).hexdigest()
     told = [(shown(name, joined[name]), count) for name, count in layouts.most_common()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from tsugiki.data.unreadable import elsewhere, refuse_packed
@@ -44,19 +44,11 @@ def data_files(path: Path) -> list[Path]:
     if not path.exists():
         raise DataError(f"there is no file {path}", fix=elsewhere(path))
     if path.is_dir():
-        made = set(made_folders(path))
-        found = sorted(
-            p
-            for p in path.rglob("*")
-            if p.is_file()
-            and p.suffix.lower() in SUFFIXES
-            and not any(part.startswith(".") for part in p.relative_to(path).parts)
-            and made.isdisjoint(p.parents)
-        )
+        found, made = _within(path)
         if not found:
             raise DataError(
                 f"the folder {path} holds no data files",
-                got=f"runs, adapters or models: {named_folders(made, path)}" if made else None,
+                got=f"runs, adapters or models: {_named(made, path)}" if made else None,
                 allowed=", ".join(SUFFIXES),
                 fix="put the rows there, or name the file that holds them",
             )
@@ -73,19 +65,39 @@ def data_files(path: Path) -> list[Path]:
     return [path]
 
 
-def made_folders(path: Path) -> list[Path]:
-    """Folders of runs, adapters and models within a folder of data, sorted; none within another."""
-    found = {
-        p.parent
-        for first, *others in MADE
-        for p in path.rglob(first)
-        if all((p.parent / other).exists() for other in others)
-        and not any(part.startswith(".") for part in p.relative_to(path).parts)
-    } - {path}
-    return sorted(folder for folder in found if found.isdisjoint(folder.parents))
+def folder_notes(path: Path) -> list[str]:
+    """What a folder holds beside its rows and is not read."""
+    found, made = _within(path)
+    notes = []
+    if made:
+        notes.append(f"runs, adapters and models are not read as rows: {_named(made, path)}")
+    texts = sum(p.suffix.lower() not in ROW_SUFFIXES for p in found)
+    if texts not in (0, len(found)):
+        notes.append(f"{texts} text files beside the rows are not trained on")
+    return notes
 
 
-def named_folders(folders: Iterable[Path], path: Path) -> str:
+def _within(path: Path) -> tuple[list[Path], list[Path]]:
+    """Data files of a folder, and the folders of runs, adapters and models in it, which are left
+    out; sorted, nothing hidden."""
+    everything = sorted(
+        p
+        for p in path.rglob("*")
+        if not any(part.startswith(".") for part in p.relative_to(path).parts)
+    )
+    names: dict[Path, set[str]] = {}
+    for p in everything:
+        names.setdefault(p.parent, set()).add(p.name)
+    marked = {f for f, held in names.items() if f != path and any(set(m) <= held for m in MADE)}
+    files = [
+        p
+        for p in everything
+        if p.suffix.lower() in SUFFIXES and marked.isdisjoint(p.parents) and p.is_file()
+    ]
+    return files, sorted(f for f in marked if marked.isdisjoint(f.parents))
+
+
+def _named(folders: Sequence[Path], path: Path) -> str:
     """Folders within another, the first three by name."""
-    names = sorted(str(folder.relative_to(path)) for folder in folders)
+    names = [str(folder.relative_to(path)) for folder in folders]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
