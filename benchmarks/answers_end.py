@@ -19,7 +19,8 @@ from tsugiki.evaluation.tasks import question_and_answer, score_answers
 from tsugiki.formats.llama_cpp.process import LlamaCpp
 from tsugiki.pipelines import run_training
 from tsugiki.shipping import export_gguf
-from tsugiki.talk.opening import Who, open_voices
+from tsugiki.talk.naming import Who, find_named
+from tsugiki.talk.opening import open_voices
 from tsugiki.terminal import Terminal
 
 TYPES = ("f16", "q8_0", "q4_k_m")
@@ -33,7 +34,7 @@ def main(run: Path | None) -> bool:
             run = Path(temporary) / "run"
             run_training(demo_config(run, 0), terminal)
         adapter = run / "adapter"
-        opened = open_voices(Who(adapters=(f"tuned={adapter}",)), terminal)
+        opened = open_voices(find_named(Who(adapters=(f"tuned={adapter}",)), terminal), terminal)
         voice = opened.voices["tuned"]
         ours = score_answers(
             opened.engine, voice.chat, rows, adapter=voice.adapter, max_tokens=MAX_ANSWER

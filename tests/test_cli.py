@@ -34,14 +34,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    place: Path, *arguments: str, script: str | None = None
+    place: Path, *arguments: str, script: str | None = None, path: str = ""
 ) -> subprocess.CompletedProcess[str]:
     start = [str(ROOT / script)] if script else ["-m", "tsugiki"]
     done = subprocess.run(
         [sys.executable, *start, *arguments],
         cwd=place,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TSUGIKI_CACHE": own_cache(place / "cache"),
-             "COLUMNS": "200"},
+             "COLUMNS": "200", "PYTHONPATH": path},
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
@@ -148,16 +148,32 @@ BAD = {
         ["generate", "--adapter", "model", "--prompt", "hi"],
         "there is no adapter in model",
     ),
+    "newest": (["chat", "--model", "./none"], "there is no model folder ./none"),
     "data": (["data", "check", "empty.jsonl", "--model", "model"], "is empty"),
+    "layout": (["data", "show", "odd.jsonl"], "--columns prompt=asks,answer=tells"),
+    "empty": (["train", "empty.jsonl", "--model", "model"], "is empty"),
 }
 
 
+NEEDS_THE_BASE = ("context", "target", "device", "no target", "word", "memory")
+
+
+@pytest.fixture(scope="module")
+def no_torch(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder that, on Python's path, makes an import of torch end the program."""
+    folder = tmp_path_factory.mktemp("no_torch")
+    (folder / "torch.py").write_text("raise SystemExit('torch was loaded')\n")
+    return str(folder)
+
+
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(place: Path, case: str) -> None:
+def test_bad_input(place: Path, no_torch: str, case: str) -> None:
     (place / "empty.jsonl").touch()
+    (place / "odd.jsonl").write_text('{"asks": "q", "tells": "a"}\n')
     arguments, said = BAD[case]
     before = sorted(p for p in place.rglob("*") if "cache" not in p.parts)
-    done = run(place, *arguments)
+    # Most is told in half a second, before torch and transformers are loaded.
+    done = run(place, *arguments, path="" if case in NEEDS_THE_BASE else no_torch)
     assert done.returncode != 0
     assert said in done.stderr.replace("\n", " "), done.stderr
     assert sorted(p for p in place.rglob("*") if "cache" not in p.parts) == before

@@ -26,8 +26,11 @@ from tsugiki.engine.engine import Engine, Request
 from tsugiki.engine.sampling import Sampling
 from tsugiki.errors import AdapterError, UsageError
 from tsugiki.models.load import ResolvedModel, load_base
-from tsugiki.talk import Who, chat_command, generate_command, newest_adapter, open_voices
 from tsugiki.talk.answering import harmless
+from tsugiki.talk.chat import chat_command
+from tsugiki.talk.generate import generate_command
+from tsugiki.talk.naming import Who, find_named, newest_adapter
+from tsugiki.talk.opening import open_voices
 from tsugiki.terminal import Terminal
 
 TEMPLATE = (
@@ -75,17 +78,22 @@ def heard(capsys: pytest.CaptureFixture[str], kind: str) -> list[dict[str, Any]]
     return [line for line in lines if line["kind"] == kind]
 
 
+def ask(home: Path, who: Who, prompts: list[str], *, terminal: Terminal, **options: Any) -> None:
+    generate_command(terminal, find_named(who, terminal, home), prompts, **options)
+
+
 def chat_with(home: Path, monkeypatch: pytest.MonkeyPatch, lines: str, **options: Any) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     who = options.pop("who", Who())
     options.setdefault("sampling", SHORT)
-    chat_command(Terminal(as_json=True), who, root=home, **options)
+    terminal = Terminal(as_json=True)
+    chat_command(terminal, find_named(who, terminal, home), **options)
 
 
 def test_the_newest_adapter_answers(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert newest_adapter(home) == home / "runs" / "second" / "adapter"
     assert newest_adapter(home / "model") is None
-    generate_command(Terminal(as_json=True), Who(), ["hello"], sampling=SHORT, root=home)
+    ask(home, Who(), ["hello"], sampling=SHORT, terminal=Terminal(as_json=True))
     (answer,) = heard(capsys, "answer")
     assert answer["voice"] == "second"
     assert answer["tokens"] <= 8
@@ -95,7 +103,7 @@ def test_adapters_by_name_and_the_base(home: Path, capsys: pytest.CaptureFixture
     runs = home / "runs"
     who = Who(adapters=(f"one={runs / 'first' / 'adapter'}", str(runs / "second")))
     terminal = Terminal(as_json=True)
-    generate_command(terminal, who, ["hello", "ab"], sampling=SHORT, compare=True, root=home)
+    ask(home, who, ["hello", "ab"], sampling=SHORT, compare=True, terminal=terminal)
     together = {(a["voice"], a["prompt"]): a["text"] for a in heard(capsys, "answer")}
     assert {voice for voice, _ in together} == {"base", "one", "second"}
     assert len(set(together.values())) == 6, "voices that do not differ prove nothing"
@@ -105,13 +113,13 @@ def test_adapters_by_name_and_the_base(home: Path, capsys: pytest.CaptureFixture
         ((), True, "base"),
     ):
         alone = Who(str(home / "model"), adapters=adapters, base_only=base_only)
-        generate_command(terminal, alone, ["hello"], sampling=SHORT, root=home)
+        ask(home, alone, ["hello"], sampling=SHORT, terminal=terminal)
         (answer,) = heard(capsys, "answer")
         assert answer["text"] == together[voice, "hello"]
 
 
 def test_the_prompt_is_what_training_saw(home: Path) -> None:
-    opened = open_voices(Who(), Terminal(as_json=True), home)
+    opened = open_voices(find_named(Who(), Terminal(as_json=True), home), Terminal(as_json=True))
     chat = ChatFormat.of(opened.base.tokenizer)
     messages = [Message("user", "hello")]
     assert opened.default.chat.prompt_ids(messages) == chat.prompt_ids(messages)
@@ -120,26 +128,39 @@ def test_the_prompt_is_what_training_saw(home: Path) -> None:
 
 def test_raw_text_goes_on(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     who = Who(str(home / "model"), base_only=True)
-    generate_command(Terminal(), who, ["hello"], sampling=SHORT, raw=True, root=home)
+    ask(home, who, ["hello"], sampling=SHORT, raw=True, terminal=Terminal())
     engine = Engine(load_base(ResolvedModel(home / "model", "model")))
     ids = engine.base.tokenizer("hello", add_special_tokens=False)["input_ids"]
     (answer,) = engine.complete([Request(tuple(ids), sampling=SHORT, raw=True)])
     assert capsys.readouterr().out == harmless(answer.text) + "\n", "a pipe gets the answer alone"
     with pytest.raises(UsageError, match="--system"):
-        generate_command(
-            Terminal(), who, ["hello"], sampling=SHORT, raw=True, system="x", root=home
-        )
+        ask(home, who, ["hello"], sampling=SHORT, raw=True, system="x", terminal=Terminal())
+
+
+def test_a_base_that_moved_is_found(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(home / "runs", tmp_path / "runs")
+    shutil.copytree(home / "model", tmp_path / "moved")
+    record = tmp_path / "runs" / "second" / "adapter" / "tsugiki.json"
+    record.write_text(record.read_text().replace(str(home / "model"), str(tmp_path / "gone")))
+    named = find_named(Who(), Terminal(), tmp_path)
+    assert named.resolved.folder == tmp_path / "moved"
+    assert f"the base moved from {tmp_path / 'gone'} to" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "moved")
+    with pytest.raises(AdapterError, match="which is not there"):
+        find_named(Who(), Terminal(), tmp_path)
 
 
 def test_prompts_from_stdin(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
-    generate_command(Terminal(as_json=True), Who(), [], sampling=SHORT, root=home)
+    ask(home, Who(), [], sampling=SHORT, terminal=Terminal(as_json=True))
     assert [a["prompt"] for a in heard(capsys, "answer")] == ["one", "two"]
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     with pytest.raises(UsageError, match="no prompt"):
-        generate_command(Terminal(as_json=True), Who(), [], sampling=SHORT, root=home)
+        ask(home, Who(), [], sampling=SHORT, terminal=Terminal(as_json=True))
 
 
 def test_commands_of_the_chat(
@@ -184,14 +205,14 @@ def test_a_full_context_drops_the_oldest_and_says_so(
 def test_refusals(home: Path, tmp_path: Path) -> None:
     terminal = Terminal(as_json=True)
     with pytest.raises(AdapterError, match="no adapter in"):
-        open_voices(Who(adapters=(str(tmp_path),)), terminal, home)
+        find_named(Who(adapters=(str(tmp_path),)), terminal, home)
     first = str(home / "runs" / "first")
     with pytest.raises(UsageError, match="two voices"):
-        open_voices(Who(adapters=(first, first)), terminal, home)
+        find_named(Who(adapters=(first, first)), terminal, home)
     with pytest.raises(UsageError, match="base's name"):
-        open_voices(Who(adapters=(f"base={first}",)), terminal, home)
+        find_named(Who(adapters=(f"base={first}",)), terminal, home)
     with pytest.raises(UsageError, match="--base"):
-        open_voices(Who(adapters=(first,), base_only=True), terminal, home)
+        find_named(Who(adapters=(first,), base_only=True), terminal, home)
 
 
 def test_no_control_characters_reach_the_terminal() -> None:
@@ -202,10 +223,11 @@ TALKER = """
 import sys
 from pathlib import Path
 from tsugiki.engine.sampling import Sampling
-from tsugiki.talk import Who, chat_command
+from tsugiki.talk.chat import chat_command
+from tsugiki.talk.naming import Who, find_named
 from tsugiki.terminal import Terminal
 endless = Sampling(max_tokens=10**6)
-chat_command(Terminal(), Who(sys.argv[1], base_only=True), sampling=endless)
+chat_command(Terminal(), find_named(Who(sys.argv[1], base_only=True), Terminal()), sampling=endless)
 """
 
 

@@ -30,7 +30,8 @@ from tsugiki.models.hub import resolve_model
 from tsugiki.models.isolation import probe_isolation
 from tsugiki.models.load import load_base, load_tokenizer
 from tsugiki.pipelines import run_training
-from tsugiki.talk.opening import Who, open_voices
+from tsugiki.talk.naming import Who, find_named
+from tsugiki.talk.opening import open_voices
 from tsugiki.terminal import Terminal
 from tsugiki.training import loop, metrics
 from tsugiki.training.checkpoint import newest_whole, save_checkpoint
@@ -227,7 +228,9 @@ def test_a_run_contacts_nothing(small: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     folder = run(small, "alone", max_steps=1)
-    opened = open_voices(Who(adapters=(str(folder),)), Terminal(as_json=True))
+    opened = open_voices(
+        find_named(Who(adapters=(str(folder),)), Terminal()), Terminal(as_json=True)
+    )
     assert opened.default.name == "alone"
 
 

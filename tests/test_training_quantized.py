@@ -33,7 +33,8 @@ from tsugiki.pipelines import run_training
 from tsugiki.planning import Facts, Plan, make_plan, memory_limit
 from tsugiki.presets import PRESETS, preset
 from tsugiki.quantizing import quantize_base
-from tsugiki.talk.opening import Who, open_voices
+from tsugiki.talk.naming import Who, find_named
+from tsugiki.talk.opening import open_voices
 from tsugiki.terminal import Terminal
 from tsugiki.training.checkpoint import checkpoints
 from tsugiki.training.ranks import ranks
@@ -86,13 +87,16 @@ def test_the_adapter_knows_its_base_and_its_bits(
     assert record["targets"] == sixteen["targets"]
     for quantize, expected, note in ((None, "nf4", ""), ("none", "none", "16- or 32-bit")):
         who = Who(adapters=(str(place / "four"),), quantize=quantize)
-        opened = open_voices(who, Terminal(), place)
+        opened = open_voices(find_named(who, Terminal(), place), Terminal())
         said = capsys.readouterr().err
         assert opened.base.quantize == expected
         assert ("trained on this base kept as nf4" in said) == bool(note)
         assert note in said
     with pytest.raises(UsageError, match="no such --quantize"):
-        open_voices(Who(adapters=(str(place / "four"),), quantize="4bit"), Terminal(), place)
+        open_voices(
+            find_named(Who(adapters=(str(place / "four"),), quantize="4bit"), Terminal(), place),
+            Terminal(),
+        )
 
 
 def test_an_adapter_of_a_quantised_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,10 +108,14 @@ def test_an_adapter_of_a_quantised_folder(place: Path, capsys: pytest.CaptureFix
     assert result(place / "stored") == result(place / "loaded"), "the same codes"
     base = json.loads((place / "stored" / "adapter" / "tsugiki.json").read_text())["base"]
     assert base["name"] == str(place / "model")
-    opened = open_voices(Who(adapters=(str(place / "stored"),)), Terminal(), place)
+    opened = open_voices(
+        find_named(Who(adapters=(str(place / "stored"),)), Terminal(), place), Terminal()
+    )
     assert opened.base.folder == place / "small"
     shutil.rmtree(place / "small")
-    opened = open_voices(Who(adapters=(str(place / "stored"),)), Terminal(), place)
+    opened = open_voices(
+        find_named(Who(adapters=(str(place / "stored"),)), Terminal(), place), Terminal()
+    )
     assert (opened.base.quantize, opened.base.origin) == ("nf4", None), "quantised anew"
     capsys.readouterr()
     merge_adapter(place / "stored", place / "merged2", Terminal())

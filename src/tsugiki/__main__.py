@@ -3,6 +3,8 @@
 The parent imports next to nothing; the child dies with it. Knows no verb.
 """
 
+import atexit
+import gc
 import sys
 
 from tsugiki import guarding, supervise
@@ -10,6 +12,8 @@ from tsugiki import guarding, supervise
 
 def main() -> None:
     """Run the verb here, or in a child that this process watches."""
+    # At the end Python looks through all that torch and transformers made, for about a second.
+    atexit.register(gc.freeze)
     if supervise.is_worker():
         supervise.become_worker()
     elif guarding.wants_parent(sys.argv[1:]):

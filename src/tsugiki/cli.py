@@ -95,10 +95,19 @@ def train(
                 )
     else:
         run_config = configure(settings, config)
-        refuse_paths(run_config)
+        if run_config.output is not None:
+            from tsugiki.training.place import refuse_used
+
+            refuse_used(run_config.output)
+
+    from tsugiki.sources import find_sources
+
+    terminal = Terminal(as_json=as_json)
+    sources = find_sources(run_config, terminal)  # what is wrong with them is told before torch
+
     from tsugiki.pipelines import run_training
 
-    run_training(run_config, Terminal(as_json=as_json), resume=resume, dry_run=dry_run)
+    run_training(run_config, terminal, resume=resume, dry_run=dry_run, sources=sources)
 
 
 app.command("train")(with_config_flags(train))
@@ -113,23 +122,6 @@ def configure(settings: dict[str, Any], config: Path | None) -> RunConfig:
     from_file = read_yaml(config) if config else {}
     name = settings.get("preset", from_file.get("preset"))
     return build_config(preset(name) if name else {}, from_file, settings)
-
-
-def refuse_paths(config: RunConfig) -> None:
-    """What a run reads must be there and what it writes must not: told before torch is loaded.
-
-    Raises:
-        DataError: no such file, or of a kind that is not read.
-        RunError, DiskError: an output folder that is used, or could not be made.
-    """
-    from tsugiki.data.named import data_files, find_data
-    from tsugiki.training.place import refuse_used
-
-    if config.output is not None:
-        refuse_used(config.output)
-    data_files(find_data(config.data.path))
-    if config.data.eval_data is not None:
-        data_files(config.data.eval_data)
 
 
 @app.command()
@@ -232,10 +224,15 @@ def data_show(
     settings: dict[str, Any],
 ) -> None:
     """Show rows as the model sees them, the trained tokens coloured."""
+    from tsugiki.sources import find_sources
+
+    terminal = Terminal(as_json=as_json)
+    settings.setdefault("data", {})["path"] = source
+    sources = find_sources(build_config(settings), terminal)
+
     from tsugiki.looking import show_data
 
-    settings.setdefault("data", {})["path"] = source
-    show_data(build_config(settings), Terminal(as_json=as_json), count)
+    show_data(sources, terminal, count)
 
 
 def data_check(
@@ -245,10 +242,15 @@ def data_check(
     settings: dict[str, Any],
 ) -> None:
     """Count what would be trained on, and list every row left out, with its reason."""
+    from tsugiki.sources import find_sources
+
+    terminal = Terminal(as_json=as_json)
+    settings.setdefault("data", {})["path"] = source
+    sources = find_sources(build_config(settings), terminal)
+
     from tsugiki.looking import check_data
 
-    settings.setdefault("data", {})["path"] = source
-    if not check_data(build_config(settings), Terminal(as_json=as_json)):
+    if not check_data(sources, terminal):
         raise typer.Exit(1)
 
 

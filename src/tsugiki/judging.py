@@ -34,9 +34,10 @@ from tsugiki.models.hub import ResolvedModel
 from tsugiki.models.kept import as_kept
 from tsugiki.models.load import Base, load_base, load_tokenizer
 from tsugiki.models.spec import ModelSpec, NameMap
-from tsugiki.pipelines import prepare_rows, read_held_out
+from tsugiki.pipelines import prepare_rows
 from tsugiki.planning import free_memory
 from tsugiki.proof.streamed import Numbers, stream, streamed_base
+from tsugiki.sources import read_both, read_held_out
 from tsugiki.training.objective import held_out_loss
 
 LOADING = 1.3  # memory while a model is loaded and run, relative to its weights
@@ -169,7 +170,7 @@ def held_out_rows(
         return _all_of(rows, config, chat, spec.context)
     if config.data.path is None:
         return "the adapter does not say which rows it was trained on"
-    _, prepared = prepare_rows(config, chat, spec.context)
+    prepared = prepare_rows(config, *read_both(config), chat, spec.context)
     if prepared.fingerprint != record.get("data_fingerprint"):
         return f"{config.data.path} is no longer what training read"
     return prepared.held_out or "training held no rows out"

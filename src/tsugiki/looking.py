@@ -6,7 +6,6 @@ from pathlib import Path
 
 from rich.text import Text
 
-from tsugiki.config import RunConfig
 from tsugiki.data import aozora
 from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import Prepared
@@ -14,27 +13,28 @@ from tsugiki.data.named import ROW_SUFFIXES, SUFFIXES, data_files
 from tsugiki.data.report import counts_table, show
 from tsugiki.errors import DataError
 from tsugiki.files import atomic_write
-from tsugiki.models.load import load_tokenizer, resolve_model
+from tsugiki.models.load import load_tokenizer
 from tsugiki.models.spec import ModelSpec
 from tsugiki.pipelines import prepare_rows
 from tsugiki.planning import check_context
+from tsugiki.sources import Sources
 from tsugiki.terminal import Terminal
 
 
-def _prepare(config: RunConfig) -> tuple[Prepared, ChatFormat]:
-    assert config.data.path is not None
-    resolved = resolve_model(config.model.name, config.model.revision)
+def _prepare(sources: Sources) -> tuple[Prepared, ChatFormat]:
+    config, resolved = sources.config, sources.resolved
     trusted = config.model.trust_remote_code
     spec = ModelSpec.from_folder(resolved.folder, trust_remote_code=trusted)
     check_context(config.data.max_length, spec)
     tokenizer = load_tokenizer(resolved, trust_remote_code=trusted)
     chat = ChatFormat.of(tokenizer, config.data.template, config.data.template_date)
-    return prepare_rows(config, chat, spec.context)[1], chat
+    prepared = prepare_rows(config, sources.rows, sources.held_out, chat, spec.context)
+    return prepared, chat
 
 
-def show_data(config: RunConfig, terminal: Terminal, count: int) -> None:
+def show_data(sources: Sources, terminal: Terminal, count: int) -> None:
     """Counts, and `count` examples with the trained tokens marked."""
-    prepared, chat = _prepare(config)
+    prepared, chat = _prepare(sources)
     terminal.say("rows", counts_table(prepared), counts=prepared.counts)
     plain = not terminal.console.color_system
     for example in prepared.train[:count]:
@@ -47,9 +47,9 @@ def show_data(config: RunConfig, terminal: Terminal, count: int) -> None:
         )
 
 
-def check_data(config: RunConfig, terminal: Terminal) -> bool:
+def check_data(sources: Sources, terminal: Terminal) -> bool:
     """Counts and every skipped row; true when nothing was skipped."""
-    prepared, _ = _prepare(config)
+    prepared, _ = _prepare(sources)
     terminal.say("rows", counts_table(prepared), counts=prepared.counts)
     for skip in prepared.skipped:
         terminal.say(

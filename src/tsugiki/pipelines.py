@@ -19,10 +19,9 @@ from tsugiki import supervise
 from tsugiki.config import RunConfig, Section
 from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import Prepared, prepare
-from tsugiki.data.formats import Rows, read_rows
-from tsugiki.data.named import find_data
+from tsugiki.data.formats import Rows
 from tsugiki.device import Decisions, decide
-from tsugiki.errors import DataError, UsageError, ran_out
+from tsugiki.errors import UsageError, ran_out
 from tsugiki.files import read_json, require_space
 from tsugiki.fitting import check_ids, count_trainable, facts_of, fit_to_memory
 from tsugiki.kernels import int8
@@ -33,7 +32,6 @@ from tsugiki.models.load import (
     load_base,
     load_tokenizer,
     origin_of,
-    resolve_model,
 )
 from tsugiki.models.spec import ModelSpec
 from tsugiki.planning import (
@@ -43,6 +41,7 @@ from tsugiki.planning import (
     out_of_memory,
 )
 from tsugiki.showing import show_plan, show_rows
+from tsugiki.sources import Sources, find_sources
 from tsugiki.terminal import Terminal
 from tsugiki.training.events import TrainResult
 from tsugiki.training.loop import train
@@ -69,6 +68,7 @@ def run_training(
     *,
     resume: Path | None = None,
     dry_run: bool = False,
+    sources: Sources | None = None,
 ) -> TrainResult | None:
     """Read, plan, show, train.
 
@@ -76,13 +76,14 @@ def run_training(
         config: what was asked; open values are chosen by the planner.
         resume: a run folder to go on with; its config is already merged into `config`.
         dry_run: stop before weights are loaded.
+        sources: what this config names, where it was read already.
 
     Raises:
         TsugikiError: anything a user can mend, before the first step where possible.
     """
     if resume is None and config.output is not None:
         refuse_used(config.output)
-    session = prepare_session(config, terminal, resume)
+    session = prepare_session(config, terminal, resume, sources)
     show_plan(session, terminal)
     if dry_run:
         terminal.say("dry_run", "dry run: nothing was trained")
@@ -128,15 +129,13 @@ def _refuse_full(config: RunConfig, got: str, fix: str) -> None:
         )  # fmt: skip
 
 
-def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) -> Session:
+def prepare_session(
+    config: RunConfig, terminal: Terminal, resume: Path | None, sources: Sources | None = None
+) -> Session:
     """Everything before weights: base found, rows read and proven, values chosen."""
     _refuse_full(config, f"--quantize {config.model.quantize}", "leave one of them out")
-    path = find_data(config.data.path)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
-    resolved = resolve_model(config.model.name, config.model.revision)
-    if config.model.name is None:
-        text = "no --model given: training sprout, the small practice model that comes with tsugiki"
-        terminal.say("note", Text(text, style="dim"), text=text)
+    sources = sources or find_sources(config, terminal)
+    config, resolved = sources.config, sources.resolved
     origin = origin_of(resolved.folder, config.model.quantize)
     if origin is not None:
         kept = config.model.model_copy(update={"quantize": origin.method})
@@ -174,13 +173,14 @@ def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) 
     decisions = dataclasses.replace(decisions, operations=found)
     if lost:
         terminal.warn(lost)
-    rows, prepared = prepare_rows(config, chat, spec.context)
+    rows, held_out = sources.rows, sources.held_out
+    prepared = prepare_rows(config, rows, held_out, chat, spec.context)
     facts = facts_of(prepared)
     length = fit_to_memory(config, spec, facts, decisions, resumed=resume is not None)
     if length.cut:
         shorter = config.data.model_copy(update={"max_length": length.tokens})
         config = config.model_copy(update={"data": shorter})
-        rows, prepared = prepare_rows(config, chat, spec.context)
+        prepared = prepare_rows(config, rows, held_out, chat, spec.context)
     check_ids(prepared, chat, spec, config.train.sample_prompt)
     show_rows(rows, prepared, tokenizer, terminal)
     trainable = count_trainable(config, spec)
@@ -191,30 +191,29 @@ def prepare_session(config: RunConfig, terminal: Terminal, resume: Path | None) 
     return Session(resolved, tokenizer, chat, spec, prepared, decisions, plan)
 
 
-def prepare_rows(config: RunConfig, chat: ChatFormat, context: int) -> tuple[Rows, Prepared]:
-    """The rows that a run trains on and holds out.
+def prepare_rows(
+    config: RunConfig, rows: Rows, held_out: Rows | None, chat: ChatFormat, context: int
+) -> Prepared:
+    """The examples that a run trains on and holds out.
 
     Args:
+        held_out: rows of `--eval-data`, if it was given.
         context: tokens that the base can see.
 
     Raises:
-        DataError: a file that cannot be read, or nothing to train on.
+        DataError: nothing to train on.
     """
-    assert config.data.path is not None
-    rows = _read(config.data.path, config)
-    held_out = config.data.eval_data
-    prepared = prepare(
+    return prepare(
         rows,
         chat,
         max_length=config.data.max_length or context,
         long=config.data.long,
         train_on=config.data.train_on,
-        eval_rows=None if held_out is None else read_held_out(held_out, config),
+        eval_rows=held_out,
         eval_ratio=config.data.eval_ratio,
         seed=config.train.seed,
         strict=config.data.strict,
     )
-    return rows, prepared
 
 
 def lasting(config: RunConfig, resolved: ResolvedModel) -> dict[str, Section]:
@@ -232,32 +231,6 @@ def lasting(config: RunConfig, resolved: ResolvedModel) -> dict[str, Section]:
         "data": data.model_copy(update=paths),
         "model": config.model.model_copy(update={"name": name, "revision": revision}),
     }
-
-
-def _read(path: Path, config: RunConfig) -> Rows:
-    data = config.data
-    return read_rows(
-        path,
-        columns=data.columns,
-        prompt_template=data.prompt_template,
-        answer_template=data.answer_template,
-        strict=data.strict,
-    )
-
-
-def read_held_out(path: Path, config: RunConfig) -> Rows:
-    """Rows of a file of their own, laid out as the training rows are.
-
-    Raises:
-        DataError: as `read_rows`; for another layout no flag is proposed, it would hold for both.
-    """
-    try:
-        return _read(path, config)
-    except DataError as error:
-        if not error.flags:
-            raise
-        fix = "lay these rows out as the training rows are"
-        raise DataError(error.problem, got=error.got, fix=fix) from None
 
 
 def _run_folder(session: Session) -> Path:

@@ -56,20 +56,26 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answer prompts with the newest adapter, others, or the base."""
+    from tsugiki.talk.naming import Who, find_named
+
+    terminal = Terminal(as_json=as_json)
+    who = Who(
+        model=model,
+        adapters=tuple(adapter or ()),
+        base_only=base_only,
+        template=template,
+        accept_base=accept_base,
+        quantize=quantize,
+        trust_remote_code=trust_remote_code,
+    )
+    named = find_named(who, terminal)  # a wrong name is told before torch is loaded
+
     from tsugiki.engine.sampling import Sampling
-    from tsugiki.talk import Who, generate_command
+    from tsugiki.talk.generate import generate_command
 
     generate_command(
-        Terminal(as_json=as_json),
-        Who(
-            model=model,
-            adapters=tuple(adapter or ()),
-            base_only=base_only,
-            template=template,
-            accept_base=accept_base,
-            quantize=quantize,
-            trust_remote_code=trust_remote_code,
-        ),
+        terminal,
+        named,
         [*(prompts or ()), *(prompt or ())],
         sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens),
         stop=tuple(stop or ()),
@@ -98,20 +104,26 @@ def chat(
     trust_remote_code: Trust = False,
 ) -> None:
     """Talk to the newest adapter; /help inside lists what can be typed."""
+    from tsugiki.talk.naming import Who, find_named
+
+    terminal = Terminal()
+    who = Who(
+        model=model,
+        adapters=tuple(adapter or ()),
+        base_only=base_only,
+        template=template,
+        accept_base=accept_base,
+        quantize=quantize,
+        trust_remote_code=trust_remote_code,
+    )
+    named = find_named(who, terminal)  # a wrong name is told before torch is loaded
+
     from tsugiki.engine.sampling import Sampling
-    from tsugiki.talk import Who, chat_command
+    from tsugiki.talk.chat import chat_command
 
     chat_command(
-        Terminal(),
-        Who(
-            model=model,
-            adapters=tuple(adapter or ()),
-            base_only=base_only,
-            template=template,
-            accept_base=accept_base,
-            quantize=quantize,
-            trust_remote_code=trust_remote_code,
-        ),
+        terminal,
+        named,
         sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens),
         system=system,
         compare=compare,

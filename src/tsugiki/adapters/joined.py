@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from tsugiki.adapters.algebra import Changes, Replaced, read_changes
-from tsugiki.adapters.origin import identify
+from tsugiki.adapters.identity import identify
 from tsugiki.adapters.record import BaseIdentity, check_base
 from tsugiki.data.templates import FALLBACKS
 from tsugiki.errors import AdapterError, ModelError

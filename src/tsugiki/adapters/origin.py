@@ -1,7 +1,7 @@
-"""Which base an adapter belongs to: what its files name, and who a folder is by its tensors.
+"""Which base an adapter belongs to: what its files name, and where that is.
 
-A base that moved is found again by its fingerprint. Imports no transformers unless only a module
-tree knows an architecture's names; knows no A and no B.
+A base that moved is found again by its fingerprint. Loads no torch before one has to be, so that a
+wrong name is told at once; knows no A and no B.
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tsugiki.adapters.record import BaseIdentity, read_record
+from tsugiki.adapters.record import read_record
 from tsugiki.errors import AdapterError, ModelError, TsugikiError
 from tsugiki.files import read_json
-from tsugiki.models.families import FAMILIES, FamilyNames, is_tied
-from tsugiki.models.fingerprint import fingerprint_stored
 from tsugiki.models.hub import ResolvedModel, resolve_model
-from tsugiki.models.shards import StoredModel, open_model
 
 CONFIG = "adapter_config.json"
 
@@ -37,21 +34,6 @@ def adapter_folder(path: Path) -> Path:
     )
 
 
-def identify(model: StoredModel, name: str, commit: str | None = None) -> BaseIdentity:
-    """Fingerprint of a base, from its family's names or from its module tree."""
-    if model.model_type in FAMILIES:
-        found = fingerprint_stored(model.folder, FamilyNames(model.model_type, is_tied(model)))
-    else:
-        from tsugiki.models.fingerprint import fingerprint_folder
-        from tsugiki.models.spec import ModelSpec
-
-        found = fingerprint_folder(model.folder, ModelSpec.from_folder(model.folder).meta_model())
-    dtype = model.setting("dtype") or model.setting("torch_dtype")
-    return BaseIdentity(
-        name, found.exact, found.rounded, commit, None if dtype is None else str(dtype)
-    )
-
-
 def find_base(adapter: Path, asked: str | None = None) -> tuple[ResolvedModel, list[str]]:
     """The base that was asked for, else the one that the adapter names, else where it moved.
 
@@ -64,19 +46,14 @@ def find_base(adapter: Path, asked: str | None = None) -> tuple[ResolvedModel, l
     """
     if asked is not None:
         return resolve_model(asked), []
-    record = read_record(adapter)
-    saved = record.get("base") if record else None
-    if isinstance(saved, dict):
-        name, commit = saved["name"], saved.get("commit")
-    else:
-        name, commit = _peft_base(adapter)
+    saved, name, commit = recorded_base(adapter)
     if not name:
         raise AdapterError(f"{adapter} does not say which base it belongs to", fix="--model FOLDER")
     try:
-        return resolve_model(str(name), commit), []
+        return resolve_model(name, commit), []
     except ModelError as error:
         if saved:
-            for folder in _places(adapter, str(name)):
+            for folder in _places(adapter, name):
                 if _is_this(folder, saved):
                     return ResolvedModel(folder, str(folder), commit), [
                         f"the base moved from {name} to {folder} (found by its fingerprint)"
@@ -88,11 +65,21 @@ def find_base(adapter: Path, asked: str | None = None) -> tuple[ResolvedModel, l
         ) from None
 
 
-def _peft_base(adapter: Path) -> tuple[Any, Any]:
+def recorded_base(adapter: Path) -> tuple[dict[str, Any] | None, str | None, str | None]:
+    """What tsugiki recorded of an adapter's base, if it did; the base's name and commit, by that
+    record or by PEFT's config.
+
+    Raises:
+        AdapterError: a record or a config that cannot be read.
+    """
+    record = read_record(adapter)
+    saved = record.get("base") if record else None
+    if isinstance(saved, dict):
+        return saved, str(saved["name"]), saved.get("commit")
     raw = read_json(adapter / CONFIG)
-    if not isinstance(raw, dict):
-        return None, None
-    return raw.get("base_model_name_or_path"), raw.get("revision")
+    named = raw if isinstance(raw, dict) else {}
+    name, commit = named.get("base_model_name_or_path"), named.get("revision")
+    return None, str(name) if name else None, commit if isinstance(commit, str) else None
 
 
 def _places(adapter: Path, name: str) -> Iterator[Path]:
@@ -108,6 +95,9 @@ def _places(adapter: Path, name: str) -> Iterator[Path]:
 
 
 def _is_this(folder: Path, saved: dict[str, Any]) -> bool:
+    from tsugiki.adapters.identity import identify
+    from tsugiki.models.shards import open_model
+
     try:
         return bool(identify(open_model(folder), str(folder)).exact == saved["exact"])
     except (TsugikiError, OSError):

@@ -26,7 +26,8 @@ from tsugiki.pipelines import run_training
 from tsugiki.proof.checks import Proof
 from tsugiki.proving import prove
 from tsugiki.shipping import export_gguf
-from tsugiki.talk.opening import Who, open_voices
+from tsugiki.talk.naming import Who, find_named
+from tsugiki.talk.opening import open_voices
 from tsugiki.terminal import Terminal
 
 MAX_ANSWER = 32  # tokens; the longest right answer has about 20
@@ -92,7 +93,9 @@ def run_demo(output: Path, terminal: Terminal, *, seed: int = 0) -> None:
     assert result is not None
 
     terminal.heading("After: the same requests")
-    opened = open_voices(Who(adapters=(f"tuned={result.adapter}",)), Terminal(as_json=False))
+    opened = open_voices(
+        find_named(Who(adapters=(f"tuned={result.adapter}",)), terminal), Terminal()
+    )
     tuned = opened.voices["tuned"]
     after = score_answers(
         opened.engine, tuned.chat, rows, adapter=tuned.adapter, max_tokens=MAX_ANSWER

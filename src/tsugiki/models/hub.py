@@ -21,6 +21,7 @@ WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 UNWANTED = ("*.bin*", "original/*", "onnx/*", "*.gguf", "*consolidated*")
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMMIT = re.compile("[0-9a-f]{40}")
+QUANTIZED_RECORD = "tsugiki_base.json"  # beside weights in few bits (quantized_store.py)
 OFFLINE = "without one, HF_HUB_OFFLINE=1 takes what was downloaded last"
 
 

@@ -20,11 +20,11 @@ from tsugiki.files import atomic_folder, read_json, require_space, sha256_file, 
 from tsugiki.kernels.quantized import Workspace
 from tsugiki.models.fingerprint import Fingerprint
 from tsugiki.models.hollow import fill, hollow_model
+from tsugiki.models.hub import QUANTIZED_RECORD
 from tsugiki.models.projections import projection
 from tsugiki.models.quantized import PARTS, QuantizedLinear, put, quantizable
 from tsugiki.models.shards import (
     CODES,
-    QUANTIZED_RECORD,
     ShardWriter,
     Stored,
     as_bytes,

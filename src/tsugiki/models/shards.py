@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from tsugiki.errors import ModelError
+from tsugiki.models.hub import QUANTIZED_RECORD
 
 AHEAD = 4  # pieces that wait to be written
 HEADER_LIMIT = 100 << 20  # bytes, the format's own cap
 INDEX = "model.safetensors.index.json"
-QUANTIZED_RECORD = "tsugiki_base.json"  # beside weights in few bits (models/quantized_store.py)
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,

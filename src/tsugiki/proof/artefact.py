@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from tsugiki.adapters.algebra import Change, Changes, LowRank, float_blocks, read_changes
 from tsugiki.adapters.attach import lora_modules, place
-from tsugiki.adapters.origin import CONFIG, adapter_folder, find_base, identify
+from tsugiki.adapters.identity import identify
+from tsugiki.adapters.origin import CONFIG, adapter_folder, find_base
 from tsugiki.adapters.record import check_base
 from tsugiki.data.chat import ChatFormat
 from tsugiki.files import read_json

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from rich.live import Live
 from rich.table import Table
@@ -19,7 +18,8 @@ from tsugiki.engine.engine import Request
 from tsugiki.engine.sampling import Sampling
 from tsugiki.errors import UsageError, did_you_mean
 from tsugiki.talk.answering import Spoken, harmless, speak
-from tsugiki.talk.opening import BASE, Opened, Voice, Who, open_voices
+from tsugiki.talk.naming import BASE, Named
+from tsugiki.talk.opening import Opened, Voice, open_voices
 from tsugiki.terminal import Terminal
 
 COMMANDS = {
@@ -34,25 +34,24 @@ COMMANDS = {
 
 def chat_command(
     terminal: Terminal,
-    who: Who,
+    named: Named,
     *,
     sampling: Sampling,
     system: str | None = None,
     compare: bool = False,
-    root: Path = Path("."),
 ) -> None:
     """Talk until /quit, Ctrl-D or the end of stdin.
 
     Args:
-        who: base and adapters; the first adapter answers.
+        named: base and adapters; the first adapter answers.
         system: a system turn that always stays.
         compare: base and adapter answer side by side, each with its own conversation.
 
     Raises:
         UsageError: `compare` without an adapter.
-        AdapterError, ModelError, HubError: see `open_voices`.
+        AdapterError, ModelError: see `open_voices`.
     """
-    opened = open_voices(who, terminal, root)
+    opened = open_voices(named, terminal)
     if compare and opened.default.name == BASE:
         raise UsageError("there is no adapter to compare the base with", fix="--adapter FOLDER")
     Chat(terminal, opened, sampling, system, compare).run()

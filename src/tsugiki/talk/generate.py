@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.text import Text
 
@@ -17,13 +16,14 @@ from tsugiki.engine.engine import Request
 from tsugiki.engine.sampling import Sampling
 from tsugiki.errors import UsageError
 from tsugiki.talk.answering import Spoken, harmless, speak
-from tsugiki.talk.opening import BASE, Opened, Voice, Who, open_voices
+from tsugiki.talk.naming import BASE, Named
+from tsugiki.talk.opening import Opened, Voice, open_voices
 from tsugiki.terminal import Terminal
 
 
 def generate_command(
     terminal: Terminal,
-    who: Who,
+    named: Named,
     prompts: Sequence[str],
     *,
     sampling: Sampling,
@@ -31,12 +31,11 @@ def generate_command(
     system: str | None = None,
     raw: bool = False,
     compare: bool = False,
-    root: Path = Path("."),
 ) -> None:
     """Answer each prompt.
 
     Args:
-        who: base and adapters; every adapter named answers.
+        named: base and adapters; every adapter named answers.
         prompts: one question each; the lines of stdin when there are none and it is not a terminal.
         stop: strings that end an answer.
         system: a system turn before each prompt.
@@ -45,7 +44,7 @@ def generate_command(
 
     Raises:
         UsageError: no prompt, a prompt that does not fit, `system` with `raw`.
-        AdapterError, ModelError, HubError: see `open_voices`.
+        AdapterError, ModelError: see `open_voices`.
     """
     if raw and system:
         raise UsageError("--system has no meaning with --raw", fix="leave one of them")
@@ -53,7 +52,7 @@ def generate_command(
         prompts = [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not prompts:
         raise UsageError("no prompt", fix="tsugiki generate 'your question'")
-    opened = open_voices(who, terminal, root)
+    opened = open_voices(named, terminal)
     voices = [v for v in opened.voices.values() if v.name != BASE] or [opened.default]
     if compare and voices[0].name != BASE:
         voices.insert(0, opened.voices[BASE])
