@@ -37,8 +37,8 @@ from tsugiki.adapters.record import (
 from tsugiki.adapters.targets import head_path
 from tsugiki.errors import AdapterError
 from tsugiki.files import atomic_folder, sha256_file
-from tsugiki.models.load import check_safetensors
 from tsugiki.models.projections import projection
+from tsugiki.models.shards import read_shard
 from tsugiki.models.spec import NameMap
 
 PREFIX = "base_model.model."
@@ -232,7 +232,7 @@ def read_adapter(
             else None,
             fix="save the adapter again with safetensors",
         )
-    check_safetensors(weights, AdapterError)
+    read_shard(weights, AdapterError)
     record = read_record(folder)
     digest = sha256_file(weights)
     notes: list[str] = []

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tsugiki.errors import TsugikiError
 from tsugiki.files import atomic_write, cache_folder
-from tsugiki.models.shards import Stored, map_file, read_shard, release, view
+from tsugiki.models.shards import Stored, map_file, read_shard, release, shard_files, view
 
 VERSION = 1
 THREADS = 2
@@ -56,7 +56,7 @@ def fingerprint_folder(folder: Path, meta_model: nn.Module) -> Fingerprint:
 
 def fingerprint_stored(folder: Path, names: Names) -> Fingerprint:
     """The same with names that need no module tree."""
-    files = weight_files(folder)
+    files = shard_files(folder)
     stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     cache = _cache_file(folder)
     try:
@@ -134,19 +134,6 @@ def _one(path: str, tensor: Tensor) -> tuple[str, str, str]:
 def _digest(tensor: Tensor) -> str:
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(flat.numpy().data).hexdigest()
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: those of the index, else all."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            names = set()
-        if names:
-            return [folder / str(name) for name in sorted(names)]
-    return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
 
 
 def _cache_file(folder: Path) -> Path:

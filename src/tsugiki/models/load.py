@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import struct
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +23,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from tsugiki.errors import ModelError, TsugikiError
+from tsugiki.errors import ModelError
 from tsugiki.files import human_bytes
 from tsugiki.kernels.backend import describe
 from tsugiki.kernels.batch import ForwardBatch
-from tsugiki.models.fingerprint import Fingerprint, fingerprint_folder, weight_files
+from tsugiki.models.fingerprint import Fingerprint, fingerprint_folder
 from tsugiki.models.flat import flat_forward, solo_forward, use_flat_attention, use_own_attention
 from tsugiki.models.hub import ResolvedModel, resolve_model
 from tsugiki.models.int8 import Int8Products
@@ -36,11 +35,11 @@ from tsugiki.models.isolation import probe_isolation, refuse_encoder
 from tsugiki.models.quantized import quantize_modules
 from tsugiki.models.quantized_load import load_quantized, notes_on_base
 from tsugiki.models.quantized_store import Origin, is_quantized_folder, load_stored, read_origin
+from tsugiki.models.shards import read_shard, shard_files
 from tsugiki.models.spec import ModelSpec, NameMap, load_config
 from tsugiki.models.tune import Tuned, tune
 from tsugiki.models.unused import notes_on_unused
 
-HEADER_LIMIT = 100 << 20  # bytes of a safetensors header, the format's own cap
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 transformers_logging.set_verbosity_error()
@@ -88,7 +87,7 @@ class Base:
         """How its parameters are named in its files; only headers are read."""
         if self.origin is not None:
             return NameMap(self.spec.meta_model(), self.origin.stored)
-        stored = [name for file in weight_files(self.folder) for name in check_safetensors(file)]
+        stored = [t.name for file in shard_files(self.folder) for t in read_shard(file).tensors]
         return NameMap(self.spec.meta_model(), stored)
 
     def make_fast(self) -> str:
@@ -295,7 +294,7 @@ def check_weights(folder: Path) -> None:
     Raises:
         ModelError: pickled only, none, a shard missing, a header that lies.
     """
-    files = weight_files(folder)
+    files = shard_files(folder)
     if not files:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         if pickled:
@@ -315,49 +314,7 @@ def check_weights(folder: Path) -> None:
             fix="run the download again: it goes on where it stopped",
         )
     for file in files:
-        check_safetensors(file)
-
-
-def check_safetensors(path: Path, error: type[TsugikiError] = ModelError) -> dict[str, list[int]]:
-    """Read a header without trusting it; returns tensor name → shape.
-
-    Raises:
-        error: header too large, not JSON, offsets outside the file, a size that does not fit.
-    """
-    size = path.stat().st_size
-
-    def bad(why: str) -> Exception:
-        fix = "copy or download it again"
-        return error(f"{path} is not a whole safetensors file: {why}", fix=fix)
-
-    with open(path, "rb") as stream:
-        head = stream.read(8)
-        if len(head) < 8:
-            raise bad(f"{size} bytes")
-        (length,) = struct.unpack("<Q", head)
-        if length > min(HEADER_LIMIT, size - 8):
-            raise bad(f"its header claims {length:,} bytes of {size:,}")
-        try:
-            header = json.loads(stream.read(length))
-        except (ValueError, RecursionError):
-            raise bad("its header is not JSON") from None
-    if not isinstance(header, dict):
-        raise bad("its header is not an object")
-    shapes: dict[str, list[int]] = {}
-    end = size - 8 - length
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            begin, stop = entry["data_offsets"]
-            shape = [int(n) for n in entry["shape"]]
-            ok = 0 <= begin <= stop <= end and all(n >= 0 for n in shape)
-        except (KeyError, TypeError, ValueError):
-            ok, shape = False, []
-        if not ok:
-            raise bad(f"the entry of {name[:80]!r} lies outside the file ({size:,} bytes)")
-        shapes[name] = shape
-    return shapes
+        read_shard(file)
 
 
 def _refuse_code(config: Path, trusted: bool) -> None:
@@ -378,7 +335,6 @@ def _refuse_code(config: Path, trusted: bool) -> None:
 __all__ = [
     "Base",
     "ResolvedModel",
-    "check_safetensors",
     "check_weights",
     "load_base",
     "load_tokenizer",

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsugiki.errors import ModelError
+from tsugiki.errors import ModelError, TsugikiError
 from tsugiki.models.hub import QUANTIZED_RECORD
 
 AHEAD = 4  # pieces that wait to be written
@@ -32,7 +32,8 @@ DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -68,7 +69,7 @@ class Shard:
     metadata: dict[str, str]
 
 
-def read_shard(path: Path, error: type[Exception] = ModelError) -> Shard:
+def read_shard(path: Path, error: type[TsugikiError] = ModelError) -> Shard:
     """Read a header without trusting it.
 
     Raises:
@@ -80,7 +81,8 @@ def read_shard(path: Path, error: type[Exception] = ModelError) -> Shard:
     size = path.stat().st_size
 
     def bad(why: str) -> Exception:
-        return error(f"{path} is not a whole safetensors file: {why}")
+        fix = "copy or download it again"
+        return error(f"{path} is not a whole safetensors file: {why}", fix=fix)
 
     with open(path, "rb") as stream:
         head = stream.read(8)
