@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from tsugiki.kernels import backend, int8
 from tsugiki.kernels.cpu.build import library
+from tsugiki.kernels.cpu.compiled import gate_back
 from tsugiki.kernels.dropout import add_dropped, dropped
 from tsugiki.kernels.linear import DenseWeight
 from tsugiki.kernels.loss import Head, chunked_cross_entropy
@@ -120,6 +122,33 @@ def test_large_inputs_saturate(dtype: torch.dtype) -> None:
         run = Feed(((eye, None),), (eye, None), activation)
         y = feed_forward(x.clone().clamp(-1e4, 1e4), run)
         assert torch.allclose(y.float(), x.float().clamp(0, 1e4), rtol=0.01, atol=1e-3)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_gates_that_are_shut_take_no_longer(dtype: torch.dtype) -> None:
+    """What passes them is numbers so small that a processor takes 100 times as long over each."""
+    torch.manual_seed(6)
+    e, g = (torch.randn(256, 512).to(dtype) for _ in range(2))
+    grad, h, grad_e, grad_g = ((e * 1e-6).clone() for _ in range(4))
+    taken: dict[float, list[float]] = {1.0: [], 100.0: []}
+    for _ in range(7):
+        for size, seconds in taken.items():
+            x = e * size
+            began = time.perf_counter()
+            gate_back(grad, x, g, "silu", h, grad_e, grad_g)
+            seconds.append(time.perf_counter() - began)
+    assert min(taken[100.0]) < 3 * min(taken[1.0]), "small numbers are computed with"
+
+
+def test_a_run_takes_small_numbers_for_zero_in_every_thread() -> None:
+    code = (
+        "import torch; from tsugiki.device import decide; decide(hidden_size=64); "
+        "small = torch.full((1 << 20,), 1e-30) * torch.full((1 << 20,), 1e-10); "
+        "assert torch.get_num_threads() == 2; assert not small.any()"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 @needs_compiler

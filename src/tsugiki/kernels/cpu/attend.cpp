@@ -90,7 +90,6 @@ bool forward(const Attention& a, bfloat* out, float* norms, int threads) {
 #pragma omp parallel num_threads(threads) reduction(&& : whole) if (threads > 1)
     {
         const Registers registers;
-        const Flushing flushing;
         const Memory keys(most * d * 2), values(most * d * 2), last(BLOCK * d * 2);
         const Memory sums(SIDE * d * 4), scores(SIDE * BLOCK * 4), p(SIDE * BLOCK * 2);
         const Memory rows(SIDE * d * 2);

@@ -29,21 +29,25 @@ struct GeluTanh {
 template <class T, class A>
 void gate(const T* e, const T* g, T* h, int64_t rows, int64_t columns, int64_t es, int64_t gs,
           int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; ++row) {
-        const T *ei = e + row * es, *gi = g ? g + row * gs : nullptr;
-        T* hi = h + row * columns;
-        if (gi) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const Flushing flushing;
+#pragma omp for
+        for (int64_t row = 0; row < rows; ++row) {
+            const T *ei = e + row * es, *gi = g ? g + row * gs : nullptr;
+            T* hi = h + row * columns;
+            if (gi) {
 #pragma omp simd
-            for (int64_t i = 0; i < columns; ++i) {
-                const float ew = wide(ei[i]);
-                put(hi + i, A::value(ew, A::inner(ew)) * wide(gi[i]));
-            }
-        } else {
+                for (int64_t i = 0; i < columns; ++i) {
+                    const float ew = wide(ei[i]);
+                    put(hi + i, A::value(ew, A::inner(ew)) * wide(gi[i]));
+                }
+            } else {
 #pragma omp simd
-            for (int64_t i = 0; i < columns; ++i) {
-                const float ew = wide(ei[i]);
-                put(hi + i, A::value(ew, A::inner(ew)));
+                for (int64_t i = 0; i < columns; ++i) {
+                    const float ew = wide(ei[i]);
+                    put(hi + i, A::value(ew, A::inner(ew)));
+                }
             }
         }
     }
@@ -53,33 +57,37 @@ void gate(const T* e, const T* g, T* h, int64_t rows, int64_t columns, int64_t e
 template <class T, class A>
 void gate_back(const T* dh, const T* e, const T* g, T* h, T* de, T* dg, int64_t rows,
                int64_t columns, int64_t es, int64_t gs, int64_t des, int64_t dgs, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; ++row) {
-        const T *di = dh + row * columns, *ei = e + row * es, *gi = g ? g + row * gs : nullptr;
-        T *hi = h ? h + row * columns : nullptr, *dei = de + row * des;
-        T* dgi = g ? dg + row * dgs : nullptr;
-        if (gi && hi) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const Flushing flushing;
+#pragma omp for
+        for (int64_t row = 0; row < rows; ++row) {
+            const T *di = dh + row * columns, *ei = e + row * es, *gi = g ? g + row * gs : nullptr;
+            T *hi = h ? h + row * columns : nullptr, *dei = de + row * des;
+            T* dgi = g ? dg + row * dgs : nullptr;
+            if (gi && hi) {
 #pragma omp simd
-            for (int64_t i = 0; i < columns; ++i) {
-                const float upstream = wide(di[i]), factor = wide(gi[i]);
-                const float ew = wide(ei[i]), inner = A::inner(ew), value = A::value(ew, inner);
-                put(hi + i, value * factor);
-                put(dei + i, upstream * factor * A::slope(ew, inner));
-                put(dgi + i, upstream * value);
-            }
-        } else if (gi) {
+                for (int64_t i = 0; i < columns; ++i) {
+                    const float upstream = wide(di[i]), factor = wide(gi[i]);
+                    const float ew = wide(ei[i]), inner = A::inner(ew), value = A::value(ew, inner);
+                    put(hi + i, value * factor);
+                    put(dei + i, upstream * factor * A::slope(ew, inner));
+                    put(dgi + i, upstream * value);
+                }
+            } else if (gi) {
 #pragma omp simd
-            for (int64_t i = 0; i < columns; ++i) {
-                const float upstream = wide(di[i]), factor = wide(gi[i]);
-                const float ew = wide(ei[i]), inner = A::inner(ew);
-                put(dei + i, upstream * factor * A::slope(ew, inner));
-                put(dgi + i, upstream * A::value(ew, inner));
-            }
-        } else {
-            for (int64_t i = 0; i < columns; ++i) {
-                const float ew = wide(ei[i]), inner = A::inner(ew);
-                if (hi) put(hi + i, A::value(ew, inner));
-                put(dei + i, wide(di[i]) * A::slope(ew, inner));
+                for (int64_t i = 0; i < columns; ++i) {
+                    const float upstream = wide(di[i]), factor = wide(gi[i]);
+                    const float ew = wide(ei[i]), inner = A::inner(ew);
+                    put(dei + i, upstream * factor * A::slope(ew, inner));
+                    put(dgi + i, upstream * A::value(ew, inner));
+                }
+            } else {
+                for (int64_t i = 0; i < columns; ++i) {
+                    const float ew = wide(ei[i]), inner = A::inner(ew);
+                    if (hi) put(hi + i, A::value(ew, inner));
+                    put(dei + i, wide(di[i]) * A::slope(ew, inner));
+                }
             }
         }
     }
@@ -92,6 +100,7 @@ void softmax_rows(T* x, const int64_t* targets, float* losses, float* own, int64
                   int64_t columns, float scale, float cap, float factor, int slopes, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
+        const Flushing flushing;
         std::vector<float> held(columns);
         float* p = held.data();
 #pragma omp for
@@ -145,37 +154,46 @@ void softmax_rows(T* x, const int64_t* targets, float* losses, float* own, int64
 template <class T>
 void norm_rows(const T* x, const T* weight, T* out, float* inverse, int64_t rows, int64_t columns,
                float eps, float offset, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; ++row) {
-        const T* xi = x + row * columns;
-        T* oi = out + row * columns;
-        float sum = 0.0f;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const Flushing flushing;
+#pragma omp for
+        for (int64_t row = 0; row < rows; ++row) {
+            const T* xi = x + row * columns;
+            T* oi = out + row * columns;
+            float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < columns; ++i) sum += wide(xi[i]) * wide(xi[i]);
-        const float r = 1.0f / std::sqrt(sum / float(columns) + eps);
-        inverse[row] = r;
+            for (int64_t i = 0; i < columns; ++i) sum += wide(xi[i]) * wide(xi[i]);
+            const float r = 1.0f / std::sqrt(sum / float(columns) + eps);
+            inverse[row] = r;
 #pragma omp simd
-        for (int64_t i = 0; i < columns; ++i)
-            put(oi + i, wide(xi[i]) * r * (wide(weight[i]) + offset));
+            for (int64_t i = 0; i < columns; ++i)
+                put(oi + i, wide(xi[i]) * r * (wide(weight[i]) + offset));
+        }
     }
 }
 
 template <class T>
 void norm_rows_back(const T* grad, const T* x, const T* weight, const float* inverse, T* out,
                     int64_t rows, int64_t columns, float offset, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; ++row) {
-        const T *xi = x + row * columns, *gi = grad + row * columns;
-        T* oi = out + row * columns;
-        const float r = inverse[row];
-        float sum = 0.0f;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const Flushing flushing;
+#pragma omp for
+        for (int64_t row = 0; row < rows; ++row) {
+            const T *xi = x + row * columns, *gi = grad + row * columns;
+            T* oi = out + row * columns;
+            const float r = inverse[row];
+            float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < columns; ++i)
-            sum += wide(xi[i]) * r * wide(gi[i]) * (wide(weight[i]) + offset);
-        const float mean = sum / float(columns);
+            for (int64_t i = 0; i < columns; ++i)
+                sum += wide(xi[i]) * r * wide(gi[i]) * (wide(weight[i]) + offset);
+            const float mean = sum / float(columns);
 #pragma omp simd
-        for (int64_t i = 0; i < columns; ++i)
-            put(oi + i, (wide(gi[i]) * (wide(weight[i]) + offset) - wide(xi[i]) * r * mean) * r);
+            for (int64_t i = 0; i < columns; ++i)
+                put(oi + i,
+                    (wide(gi[i]) * (wide(weight[i]) + offset) - wide(xi[i]) * r * mean) * r);
+        }
     }
 }
 
@@ -185,20 +203,24 @@ void turn(const T* x, const T* cosines, const T* sines, T* out, int64_t tokens, 
           int64_t width, int64_t half, int64_t xt, int64_t xh, int64_t ot, int64_t oh,
           float direction, int threads) {
     const int64_t swapped = direction < 0 ? half : 0;  // the transpose of the same matrix
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t token = 0; token < tokens; ++token) {
-        const T *c = cosines + token * 2 * half, *s = sines + token * 2 * half;
-        for (int64_t head = 0; head < heads; ++head) {
-            const T* xi = x + token * xt + head * xh;
-            T* oi = out + token * ot + head * oh;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const Flushing flushing;
+#pragma omp for
+        for (int64_t token = 0; token < tokens; ++token) {
+            const T *c = cosines + token * 2 * half, *s = sines + token * 2 * half;
+            for (int64_t head = 0; head < heads; ++head) {
+                const T* xi = x + token * xt + head * xh;
+                T* oi = out + token * ot + head * oh;
 #pragma omp simd
-            for (int64_t i = 0; i < half; ++i) {
-                const float one = wide(xi[i]), two = wide(xi[half + i]);
-                put(oi + i, one * wide(c[i]) - direction * two * wide(s[i + swapped]));
-                put(oi + half + i,
-                    two * wide(c[half + i]) + direction * one * wide(s[half + i - swapped]));
+                for (int64_t i = 0; i < half; ++i) {
+                    const float one = wide(xi[i]), two = wide(xi[half + i]);
+                    put(oi + i, one * wide(c[i]) - direction * two * wide(s[i + swapped]));
+                    put(oi + half + i,
+                        two * wide(c[half + i]) + direction * one * wide(s[half + i - swapped]));
+                }
+                for (int64_t i = 2 * half; i < width; ++i) oi[i] = xi[i];
             }
-            for (int64_t i = 2 * half; i < width; ++i) oi[i] = xi[i];
         }
     }
 }
@@ -208,15 +230,19 @@ template <class T>
 void dropped(const T* x, const uint16_t* mask, T* out, int64_t count, float scale, int sum,
              int threads) {
     const int64_t words = count / 16;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t word = 0; word < words; ++word) {
-        const uint32_t bits = mask[word];
-        const T* xi = x + word * 16;
-        T* oi = out + word * 16;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const Flushing flushing;
+#pragma omp for
+        for (int64_t word = 0; word < words; ++word) {
+            const uint32_t bits = mask[word];
+            const T* xi = x + word * 16;
+            T* oi = out + word * 16;
 #pragma omp simd
-        for (int i = 0; i < 16; ++i) {
-            const float kept = (bits >> i) & 1u ? wide(xi[i]) * scale : 0.0f;
-            put(oi + i, sum ? wide(oi[i]) + kept : kept);
+            for (int i = 0; i < 16; ++i) {
+                const float kept = (bits >> i) & 1u ? wide(xi[i]) * scale : 0.0f;
+                put(oi + i, sum ? wide(oi[i]) + kept : kept);
+            }
         }
     }
     for (int64_t i = words * 16; i < count; ++i) {

@@ -85,7 +85,6 @@ bool all_back(const Asked<T>& a, const Gradients<T>& to, int64_t most, int threa
 #pragma omp parallel num_threads(threads) reduction(&& : whole) if (threads > 1)
     {
         const Ready ready;
-        const Flushing flushing;
         Desk desk(most, a.d);
         whole = desk.whole();
 #pragma omp for schedule(dynamic)

@@ -13,7 +13,7 @@
 namespace {
 
 // While it lives, this thread takes numbers below 1e-38 for zero. Weights of attention that is sure of
-// itself are so small, and processors take a hundred times longer over each.
+// itself are so small, and gates that are shut; processors take a hundred times longer over each.
 class Flushing {
 #if defined(__x86_64__)
     const unsigned before = _mm_getcsr();

@@ -321,7 +321,7 @@ int attend_back_fp32(ATTENTION(float), const float* out, const float* grad, cons
                      int threads) {
     const Attention a{THE_ATTENTION};
     const Gradients<float> to{out, grad, norms, grad_q, grad_k, grad_v, parts_k, parts_v};
-    return all_back<Nothing, Desk>(a, to, longest(a, PANEL), threads,
+    return all_back<Flushing, Desk>(a, to, longest(a, PANEL), threads,
                                    [&](const Task& task, Desk& desk) { back_of(a, to, task, desk); });
 }
 }

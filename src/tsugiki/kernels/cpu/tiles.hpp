@@ -121,6 +121,7 @@ struct Registers {
         uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
         uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     };
+    const Flushing flushing;
     Registers() {
         const Shape shape;
         _tile_loadconfig(&shape);
@@ -176,7 +177,7 @@ void multiply(const E* rows, int64_t stride, const char* tile, int64_t depth, co
 
 #else
 struct Registers {
-    Registers() {}  // vector registers need no care
+    const Flushing flushing;
 };
 
 inline __m512bh pair(const char* x) {
