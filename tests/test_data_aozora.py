@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tsugiki.data.aozora import clean, looks_like_aozora
 from tsugiki.data.formats import read_rows
-from tsugiki.errors import DataError
+from tsugiki.errors import DataError, RunError
 from tsugiki.looking import clean_data
 from tsugiki.terminal import Terminal
 
@@ -119,7 +119,7 @@ def test_a_folder_of_texts_keeps_its_folders_and_is_checked_before_anything_is_w
         "題\n作者\n\nb/honbun.txtにいる。\n"
     )
     (output / "a" / "honbun.txt").unlink()
-    with pytest.raises(DataError, match=r"b/honbun\.txt exists already"):
+    with pytest.raises(RunError, match=r"b/honbun\.txt exists already"):
         clean_data(source, output, Terminal(as_json=True))
     assert not (output / "a" / "honbun.txt").exists(), "nothing is written first"
     (source / "a" / "honbun.md").write_bytes(whole("c"))

@@ -27,9 +27,7 @@ def pair(prompt: str, answer: str, number: int = 0) -> Row:
 
 def rows_of(*rows: Row, skipped: tuple[Skipped, ...] = ()) -> Rows:
     numbered = [Row(r.messages, r.text, f"a.jsonl:{i}") for i, r in enumerate(rows, 1)]
-    return Rows(
-        numbered, list(skipped), "prompt/completion", ("a.jsonl",), "", len(rows) + len(skipped)
-    )
+    return Rows(numbered, list(skipped), "prompt/completion", len(rows) + len(skipped))
 
 
 def chat_of(template: str | None = CHATML) -> ChatFormat:

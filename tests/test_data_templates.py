@@ -137,7 +137,7 @@ def test_a_prompt_that_the_answer_changes_is_told_with_a_way_out() -> None:
     chat = ChatFormat.of(tiny_tokenizer(CLOSED))
     answer = Message("assistant", "2", (("thought", "hm"),))
     row = Row((Message("user", "1+1?"), answer), None, "a:1")
-    rows = Rows([row], [], "messages", (), "", 1)
+    rows = Rows([row], [], "messages", 1)
     with pytest.raises(DataError, match="differently once the answer is there") as caught:
         prepare(rows, chat, max_length=200)
     assert "--template chatml" in str(caught.value)
@@ -156,7 +156,7 @@ def test_a_system_turn_that_a_template_leaves_out_goes_into_the_first_question()
     assert dict(chat.repairs) == {FOLDED: 2}
     prompt = chat.prompt_ids([BRIEF, ASKED])
     assert list(example.ids[: len(prompt)]) == prompt, "chat asks as training did"
-    rows = Rows([Row((BRIEF, Message("tool", "x"), SAID), None, "a:1")], [], "messages", (), "", 1)
+    rows = Rows([Row((BRIEF, Message("tool", "x"), SAID), None, "a:1")], [], "messages", 1)
     with pytest.raises(DataError, match="leaves the system turn out") as caught:
         prepare(rows, chat, max_length=200)
     assert "--template chatml" in str(caught.value)

@@ -34,7 +34,7 @@ def row(*messages: Message, tools: tuple[dict[str, object], ...] | None = None) 
 
 def prepared(rows: list[Row], template: str) -> Prepared:
     chat = ChatFormat.of(tiny_tokenizer(template))
-    return prepare(Rows(rows, [], "messages", (), ""), chat, max_length=200)
+    return prepare(Rows(rows, [], "messages"), chat, max_length=200)
 
 
 def taught(chat: ChatFormat, one: Row) -> str:

@@ -81,6 +81,18 @@ def test_next_turn_computes_only_what_is_new() -> None:
     assert fresh.ids == again.ids
 
 
+def test_a_conversation_is_not_given_up_for_a_few_tokens_of_another() -> None:
+    """All begin with the same token or system turn; that alone is no reason to take a slot."""
+    base = tiny_base("llama")
+    engine = Engine(base, slots=4)
+    long, other = (1, *prompt(0, 60)), (1, *prompt(3, 20))
+    engine.complete([Request(long, sampling=greedy(3))])
+    (beside,) = engine.complete([Request(other, sampling=greedy(3))])
+    assert beside.reused == 0, "an empty slot was there"
+    (again,) = engine.complete([Request((*long, 7), sampling=greedy(3))])
+    assert again.reused >= len(long)
+
+
 def test_stories260k(shared_data: Path) -> None:
     """The greedy continuation that its author publishes, alone and beside others."""
     folder = shared_data / "models" / "stories260K"

@@ -263,7 +263,7 @@ def test_samples_are_asked_as_training_renders_them() -> None:
     chat = ChatFormat.of(tiny_tokenizer(template))
     talk = (Message("user", "what time is it?"), Message("assistant", "noon"))
     row = Row(talk, None, "a:1", tools=({"name": "clock"},))
-    rows = Rows([row], [], "messages", ("a",), "", 1)
+    rows = Rows([row], [], "messages", 1)
     (prompt,) = choose_prompts((), prepare(rows, chat, max_length=512), chat)
     (example,) = chat.examples(row)
     assert prompt.ids == example.ids[: len(prompt.ids)]

@@ -96,6 +96,13 @@ def atomic_write(path: Path, content: bytes | str) -> None:
         raise as_disk_error(error, path) from error
 
 
+def refuse_existing(*targets: Path) -> None:
+    """Raises RunError: what shall be written is there already; asked before any work is done."""
+    there = ", ".join(str(path) for path in targets if path.exists())
+    if there:
+        raise RunError(f"{there} exists already", fix="choose another --output, or remove it")
+
+
 @contextlib.contextmanager
 def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` when the block ends well.
@@ -109,10 +116,8 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     try:
         sweep_left_over(target)
-        if target.exists() and not replace:
-            raise RunError(
-                f"{target} exists already", fix="choose another name, or remove the folder first"
-            )
+        if not replace:
+            refuse_existing(target)
         with scratch_folder(target) as temporary:
             os.chmod(temporary, 0o755)
             yield temporary
@@ -188,8 +193,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
         DiskError: disk full, no permission; nothing is left.
         RunError: `target` exists.
     """
-    if target.exists():
-        raise RunError(f"{target} exists already", fix="choose another --output, or remove it")
+    refuse_existing(target)
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

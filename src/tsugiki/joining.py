@@ -16,7 +16,7 @@ import torch
 from rich.text import Text
 
 from tsugiki.adapters.joined import Joined
-from tsugiki.adapters.origin import adapter_folder, find_base
+from tsugiki.adapters.origin import adapter_folder, beside, find_base
 from tsugiki.adapters.record import recorded_quantization
 from tsugiki.errors import DataError
 from tsugiki.files import human_bytes
@@ -59,7 +59,7 @@ def merge_adapter(
         TsugikiError: anything that keeps the merged folder from being right; nothing is written.
     """
     folder = adapter_folder(adapter)
-    output = output or default_output(folder)
+    output = output or beside(folder, "merged")
     base, notes = find_base(folder, model)
     began = time.monotonic()
     plan = plan_merge(
@@ -245,10 +245,3 @@ def read_text(path: Path) -> str:
             return stream.read(1 << 20).decode("utf-8", errors="ignore")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from None
-
-
-def default_output(adapter: Path) -> Path:
-    """RUN/merged for a run's adapter, else ADAPTER-merged."""
-    if adapter.name == "adapter":
-        return adapter.parent / "merged"
-    return adapter.with_name(f"{adapter.name}-merged")

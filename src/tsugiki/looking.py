@@ -12,7 +12,7 @@ from tsugiki.data.dataset import Prepared
 from tsugiki.data.named import ROW_SUFFIXES, SUFFIXES, data_files
 from tsugiki.data.report import counts_table, show
 from tsugiki.errors import DataError
-from tsugiki.files import atomic_write
+from tsugiki.files import atomic_write, refuse_existing
 from tsugiki.models.load import load_tokenizer
 from tsugiki.models.spec import ModelSpec
 from tsugiki.pipelines import prepare_rows
@@ -67,8 +67,8 @@ def clean_data(source: Path, output: Path, terminal: Terminal) -> None:
     Folders under `source` are kept. Nothing is written before every target is known to be free.
 
     Raises:
-        DataError: no file looks like one of Aozora Bunko's; a file is there already; two texts
-            that would become one file.
+        DataError: no file looks like one of Aozora Bunko's; two texts that would become one file.
+        RunError: a file is there already.
     """
     targets: dict[Path, Path] = {}
     for file in _texts(source):
@@ -77,8 +77,7 @@ def clean_data(source: Path, output: Path, terminal: Terminal) -> None:
             continue
         inside = file.relative_to(source) if source.is_dir() else Path(file.name)
         target = output / inside.with_suffix(".txt")
-        if target.exists():
-            raise DataError(f"{target} exists already", fix="choose another --output")
+        refuse_existing(target)
         if target in targets:
             raise DataError(
                 f"{targets[target]} and {file} would both become {target}", fix="rename one"

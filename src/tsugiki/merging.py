@@ -20,10 +20,11 @@ from tsugiki import __version__
 from tsugiki.adapters.algebra import Changes, merged_blocks
 from tsugiki.adapters.joined import Joined, join
 from tsugiki.adapters.record import BaseIdentity
-from tsugiki.errors import ModelError, RunError, UsageError
+from tsugiki.errors import ModelError, UsageError
 from tsugiki.files import (
     atomic_folder,
     read_json,
+    refuse_existing,
     require_space,
     sha256_file,
 )
@@ -153,8 +154,7 @@ def require_place(plan: MergePlan, output: Path) -> None:
     Raises:
         RunError: the folder exists. DiskError: too little space.
     """
-    if output.exists():
-        raise RunError(f"{output} exists already", fix="choose another --output, or remove it")
+    refuse_existing(output)
     require_space(output, plan.need, "the merged model")
 
 

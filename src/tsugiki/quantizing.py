@@ -33,7 +33,7 @@ def _quantize(
 ) -> None:
     from tsugiki.device import decide
     from tsugiki.errors import UsageError
-    from tsugiki.files import human_bytes
+    from tsugiki.files import human_bytes, refuse_existing
     from tsugiki.models.hub import resolve_model
     from tsugiki.models.load import load_base
     from tsugiki.models.quantized import check_method
@@ -43,6 +43,7 @@ def _quantize(
 
     if check_method(quantize) == "none":
         raise UsageError("nothing would be quantised", got="--quantize none", allowed="nf4, int8")
+    refuse_existing(output)
     began = time.monotonic()
     resolved = resolve_model(model, revision)
     stored = open_model(resolved.folder)

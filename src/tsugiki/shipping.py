@@ -16,16 +16,16 @@ import torch
 from rich.text import Text
 
 from tsugiki.adapters.joined import Joined, join
-from tsugiki.adapters.origin import CONFIG, adapter_folder, find_base
+from tsugiki.adapters.origin import adapter_folder, beside, find_base, is_adapter, name_of
 from tsugiki.adapters.portable import make_portable, write_portable
 from tsugiki.adapters.record import recorded_quantization
-from tsugiki.errors import RunError, UsageError
+from tsugiki.errors import UsageError
 from tsugiki.exporting.gguf import ExportPlan, plan_export, write_gguf
 from tsugiki.exporting.gguf_lora import plan_lora, write_lora
 from tsugiki.exporting.launch import run_gguf, run_lora, run_portable
 from tsugiki.exporting.ollama import modelfile, read_wording, stop_texts
 from tsugiki.exporting.vocabulary import chat_of
-from tsugiki.files import atomic_file, human_bytes, require_space, scratch_folder
+from tsugiki.files import atomic_file, human_bytes, refuse_existing, require_space, scratch_folder
 from tsugiki.formats.gguf_encode import DIRECT
 from tsugiki.formats.mixes import find_kind
 from tsugiki.models.hub import ResolvedModel, resolve_model
@@ -73,7 +73,7 @@ def export_gguf(
     began = time.monotonic()
     joined, stem, home = open_source(source, terminal, model, untie, accept_base)
     paths = file_names(types, stem, output or home)
-    _refuse_existing(paths)
+    refuse_existing(*paths.values())
     plan = plan_export(joined, stem)
     for note in plan.notes:
         tell_note(terminal, note)
@@ -170,11 +170,11 @@ def export_lora(
     Raises:
         TsugikiError: no adapter, or one that cannot be laid over a base; nothing is written.
     """
-    adapter_folder(Path(source).expanduser())
+    adapter_folder(source)
     joined, stem, home = open_source(source, terminal, model, True, accept_base)
     named = output is not None and output.suffix == ".gguf"
     path = output if named and output else (output or home) / f"{stem}-LoRA.gguf"
-    _refuse_existing({"lora": path})
+    refuse_existing(path)
     plan = plan_lora(joined, stem)
     began = time.monotonic()
     will_write([path])
@@ -198,13 +198,12 @@ def export_portable(
     Raises:
         TsugikiError: no adapter, or one that can only travel merged; nothing is written.
     """
-    folder = adapter_folder(Path(source).expanduser())
+    output = output or beside(adapter_folder(source), "portable")
+    refuse_existing(output)
     joined, stem, _ = open_source(source, terminal, model, True, accept_base)
-    own = folder.name == "adapter"
-    home = folder.with_name("portable" if own else f"{folder.name}-portable")
     made = make_portable(joined)
-    will_write([output or home])
-    path = write_portable(made, output or home)
+    will_write([output])
+    path = write_portable(made, output)
     terminal.say(
         "portable",
         f"wrote {path}: {len(made.tensors) // 2} pairs of rank {made.rank}, the scale in B"
@@ -258,7 +257,7 @@ def open_source(
 ) -> tuple[Joined, str, Path]:
     """What was named; what it is called; and the folder for what is made of it."""
     path = Path(source).expanduser()
-    if (path / CONFIG).is_file() or (path / "adapter" / CONFIG).is_file():
+    if is_adapter(path):
         folder = adapter_folder(path)
         base, notes = find_base(folder, model)
         joined = join(
@@ -267,13 +266,10 @@ def open_source(
         )  # fmt: skip
         for note in [*notes, *joined.notes]:
             tell_note(terminal, note)
-        stem = folder.resolve().parent.name if folder.name == "adapter" else folder.name
-        place = folder.parent / "gguf" if folder.name == "adapter" else None
-        return joined, stem, place or folder.with_name(f"{folder.name}-gguf")
+        return joined, name_of(folder), beside(folder, "gguf")
     resolved = resolve_model(source)
     stem = resolved.name.rstrip("/").rpartition("/")[2]
-    here = path.is_dir()
-    home = path.with_name(f"{path.resolve().name}-gguf") if here else Path(f"{stem}-gguf")
+    home = beside(path, "gguf") if path.is_dir() else Path(f"{stem}-gguf")
     return join(resolved.folder, None, name=resolved.name), stem, home
 
 
@@ -292,14 +288,6 @@ def file_names(types: Sequence[str], stem: str, output: Path) -> dict[str, Path]
 def tell_note(terminal: Terminal, note: str) -> None:
     """Something that people should know of what is written."""
     terminal.say("note", Text(f"note: {note}", style="yellow"), text=note)
-
-
-def _refuse_existing(paths: dict[str, Path]) -> None:
-    there = [str(path) for path in paths.values() if path.exists()]
-    if there:
-        raise RunError(
-            f"{', '.join(there)} exists already", fix="choose another --output, or remove it"
-        )
 
 
 def _written(plan: ExportPlan, dtype: str, path: Path, terminal: Terminal) -> Shipped:
@@ -336,7 +324,7 @@ def _quantise_again(
         if stem.lower().endswith((f"-{mark}", f".{mark}")):
             stem = stem[: -len(mark) - 1]
     paths = file_names(types, stem, output or source.parent)
-    _refuse_existing(paths)
+    refuse_existing(*paths.values())
     will_write(paths.values())
     return [_quantise(source, name, path, terminal) for name, path in paths.items()]
 

@@ -6,6 +6,7 @@ wrong name is told at once; knows no A and no B.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,18 @@ from tsugiki.models.hub import ResolvedModel, resolve_model
 CONFIG = "adapter_config.json"
 
 
-def adapter_folder(path: Path) -> Path:
+def is_adapter(path: Path) -> bool:
+    """Whether a folder is an adapter's, or a run's that holds one."""
+    return any((folder / CONFIG).is_file() for folder in (path, path / "adapter"))
+
+
+def adapter_folder(named: Path | str) -> Path:
     """The adapter in a folder that a user named: itself, or a run's.
 
     Raises:
         AdapterError: there is none.
     """
+    path = Path(named).expanduser()
     for folder in (path, path / "adapter"):
         if (folder / CONFIG).is_file():
             return folder
@@ -32,6 +39,21 @@ def adapter_folder(path: Path) -> Path:
         allowed=f"a folder with {CONFIG}, or a run folder that holds one",
         fix=None if path.exists() else "ls -d runs/*/adapter models/*",
     )
+
+
+def name_of(adapter: Path) -> str:
+    """What an adapter is called: its folder, or its run's."""
+    folder = adapter.resolve()
+    return folder.parent.name if folder.name == "adapter" else folder.name
+
+
+def beside(folder: Path, what: str) -> Path:
+    """Where to put what is made of a folder: RUN/what for a run's adapter, else FOLDER-what."""
+    if folder.name in ("", ".."):
+        folder = Path(os.path.abspath(folder))
+    if folder.name == "adapter":
+        return folder.parent / what
+    return folder.with_name(f"{folder.name}-{what}")
 
 
 def find_base(adapter: Path, asked: str | None = None) -> tuple[ResolvedModel, list[str]]:

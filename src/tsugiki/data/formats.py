@@ -6,7 +6,6 @@ Layouts: messages (OpenAI), ShareGPT, alpaca, prompt/completion, question/answer
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,18 +20,15 @@ from tsugiki.data.row import Row, RowProblem, column_names
 from tsugiki.data.unreadable import to_utf8
 from tsugiki.data.unused import Unused
 from tsugiki.errors import DataError
-from tsugiki.files import sha256_file
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a file or folder gave: rows, skipped ones, the layout seen, the files' digest."""
+    """What a file or folder gave: rows, skipped ones, the layout seen."""
 
     rows: list[Row]
     skipped: list[Skipped]
     layout: str
-    files: tuple[str, ...]
-    fingerprint: str
     seen: int = field(default=0)
     notes: tuple[str, ...] = ()
 
@@ -112,10 +108,9 @@ def read_rows(
     if path.is_dir():
         notes += folder_notes(path)
     notes += unused.notes()
-    digest = hashlib.sha256("".join(sha256_file(f) for f in files).encode()).hexdigest()
     told = [(shown(name, joined[name]), count) for name, count in layouts.most_common()]
     said = told[0][0] if len(told) == 1 else ", ".join(f"{n:,} {name}" for name, n in told)
-    return Rows(rows, skipped, said, tuple(str(f) for f in files), digest, seen, tuple(notes))
+    return Rows(rows, skipped, said, seen, tuple(notes))
 
 
 def _readable(file: Path, *, alone: bool) -> Iterator[Record | Skipped | Note]:

@@ -130,7 +130,7 @@ class Scheduler:
             best = max(
                 (index for index, slot in enumerate(self.slots) if slot.free),
                 key=lambda index: (
-                    self._reusable(index, sequence),
+                    self._gain(index, sequence),
                     -self.slots[index].used,
                     -index,
                 ),

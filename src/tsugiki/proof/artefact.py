@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tsugiki.adapters.algebra import Change, Changes, LowRank, float_blocks, read_changes
 from tsugiki.adapters.attach import lora_modules, place
 from tsugiki.adapters.identity import identify
-from tsugiki.adapters.origin import CONFIG, adapter_folder, find_base
+from tsugiki.adapters.origin import adapter_folder, find_base, is_adapter
 from tsugiki.adapters.record import check_base
 from tsugiki.data.chat import ChatFormat
 from tsugiki.files import read_json
@@ -173,7 +173,7 @@ def open_artefact(given: str, base: str | None = None, *, accept_base: bool = Fa
         ModelError, AdapterError: not there, not whole, another base; named.
     """
     path = Path(given).expanduser()
-    if not ((path / CONFIG).is_file() or (path / "adapter" / CONFIG).is_file()):
+    if not is_adapter(path):
         resolved = resolve_model(given)
         return Artefact(given, resolved, open_model(resolved.folder))
     folder = adapter_folder(path)

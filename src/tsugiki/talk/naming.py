@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tsugiki.adapters.origin import CONFIG, adapter_folder, find_base, recorded_base
+from tsugiki.adapters.origin import CONFIG, adapter_folder, find_base, name_of, recorded_base
 from tsugiki.adapters.record import recorded_quantization
 from tsugiki.errors import TsugikiError, UsageError
 from tsugiki.files import read_json
@@ -93,14 +93,14 @@ def _folders(who: Who, terminal: Terminal, root: Path) -> dict[str, Path]:
                 f"the newest adapter, {newest}, was trained on {recorded}: the base answers alone"
             )
             return {}
-        return {_name_of(newest): newest}
+        return {name_of(newest): newest}
     folders: dict[str, Path] = {}
     for given in who.adapters:
         name, equals, path = given.partition("=")
         if not equals or Path(given).exists():
             name, path = "", given
-        folder = adapter_folder(Path(path).expanduser())
-        name = name or _name_of(folder)
+        folder = adapter_folder(path)
+        name = name or name_of(folder)
         if name in folders or name == BASE:
             raise UsageError(
                 f"two voices named {name!r}" if name in folders else f"{BASE!r} is the base's name",
@@ -108,11 +108,6 @@ def _folders(who: Who, terminal: Terminal, root: Path) -> dict[str, Path]:
             )
         folders[name] = folder
     return folders
-
-
-def _name_of(folder: Path) -> str:
-    folder = folder.resolve()
-    return folder.parent.name if folder.name == "adapter" else folder.name
 
 
 def _recorded_quantization(folders: dict[str, Path]) -> tuple[str, Path | None]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rich.text import Text
 
 from tsugiki.adapters.pool import AdapterPool
-from tsugiki.adapters.storage import AdapterInfo, BaseIdentity
+from tsugiki.adapters.storage import AdapterInfo
 from tsugiki.data.chat import ChatFormat
 from tsugiki.device import decide
 from tsugiki.engine.engine import Engine
@@ -25,6 +25,7 @@ from tsugiki.models.quantized import check_method
 from tsugiki.models.spec import ModelSpec
 from tsugiki.talk.naming import BASE, Named
 from tsugiki.terminal import Terminal
+from tsugiki.training.keeping import base_identity
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,7 @@ def open_voices(named: Named, terminal: Terminal) -> Opened:
     )
     for note in base.notes:
         terminal.warn(note)
-    identity = None
-    if folders:
-        prints = base.fingerprint()
-        identity = BaseIdentity(
-            base.name, prints.exact, prints.rounded, base.commit, quantize=base.quantize
-        )
-    pool = AdapterPool(base.model, identity)
+    pool = AdapterPool(base.model, base_identity(base) if folders else None)
     voices = {BASE: Voice(BASE, -1, ChatFormat.of(base.tokenizer, who.template))}
     for name, folder in folders.items():
         info = pool.load(folder, name, accept_base=who.accept_base)
