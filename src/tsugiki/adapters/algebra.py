@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tsugiki.adapters.peft_config import PeftConfig, read_peft_config
-from tsugiki.adapters.record import check_scales, read_record
+from tsugiki.adapters.peft_config import PeftConfig
+from tsugiki.adapters.record import PREFIX, check_scales, open_adapter
 from tsugiki.errors import AdapterError
-from tsugiki.files import sha256_file
 from tsugiki.models.families import (
     FAMILIES,
     HEAD,
@@ -30,8 +29,6 @@ from tsugiki.models.families import (
 )
 from tsugiki.models.shards import Stored, StoredModel, map_file, read_shard, view
 
-PREFIX = "base_model.model."
-WEIGHTS = "adapter_model.safetensors"
 BLOCK = 1 << 18  # elements computed at once: 1 MB in fp32 stays in a core's cache
 CAN = ("use_dora", "modules_to_save")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -129,6 +126,13 @@ class Changes:
         return self.record.get("chat") if self.record else None
 
 
+def same_numbers(own: Tensor, copy: Tensor) -> bool:
+    """Whether a copy that came with an adapter is the base's tensor, perhaps in a shorter type."""
+    return own.shape == copy.shape and (
+        torch.equal(own, copy.to(own.dtype)) or torch.equal(own.to(copy.dtype), copy)
+    )
+
+
 def float_blocks(tensor: Tensor) -> Iterator[Tensor]:
     """A tensor's elements in fp32, flat where it has no rows; never more than a block."""
     rows = tensor if tensor.dim() > 1 else tensor.reshape(-1, 1)
@@ -161,31 +165,15 @@ def read_changes(folder: Path, model: StoredModel) -> Changes:
             than recorded; a missing layer, an extra tensor, a wrong shape or rank, NaN or inf; an
             architecture whose names are not known; something that cannot be merged, by name.
     """
-    config = read_peft_config(folder, can=CAN)
-    record = read_record(folder)
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        pickled = (folder / "adapter_model.bin").exists()
-        raise AdapterError(
-            f"{folder} has no {WEIGHTS}",
-            got="adapter_model.bin (pickled: it could run code)" if pickled else None,
-            fix="save the adapter again with safetensors",
-        )
+    opened = open_adapter(folder, can=CAN)
+    config, record = opened.config, opened.record
     if record is None and model.model_type not in FAMILIES:
         raise AdapterError(
             f"the names of {model.model_type!r} are not known, and {folder} does not bring them",
             allowed=f"any adapter that tsugiki saved; one from elsewhere on {', '.join(FAMILIES)}",
         )
-    digest = sha256_file(weights)
-    if record is not None and record.get("weights_sha256") != digest:
-        raise AdapterError(
-            f"{weights} is not the file that was saved with {folder / 'tsugiki.json'}",
-            got=f"SHA-256 {digest[:16]}…",
-            allowed=f"{str(record.get('weights_sha256'))[:16]}…",
-            fix="copy the adapter again from where it was made",
-        )
-    shard = read_shard(weights, AdapterError)
-    mapped = map_file(weights)
+    shard = read_shard(opened.weights, AdapterError)
+    mapped = map_file(opened.weights)
     tensors = {stored.name: view(mapped, stored) for stored in shard.tensors}
     reading = _Reading(folder, model, config, record)
     for name, tensor in tensors.items():
@@ -194,7 +182,7 @@ def read_changes(folder: Path, model: StoredModel) -> Changes:
     if record is not None:
         paths = [change.path for change in by_name.values() if isinstance(change, LowRank)]
         check_scales(record["targets"], config, paths, folder)
-    return Changes(folder, by_name, config, record, digest, reading.notes)
+    return Changes(folder, by_name, config, record, opened.digest, reading.notes)
 
 
 class _Reading:
@@ -264,14 +252,14 @@ class _Reading:
             else:
                 found[name] = Replaced(path, tensor)
         present = {change.path.removesuffix(".weight") for change in found.values()}
-        missing = sorted(self._expected() - present - set(self.low))
+        expected = self._expected()
+        missing = sorted(expected - present - set(self.low))
         self.wrong += [f"{PREFIX}{path}: the layer is missing" for path in missing]
         paths = {module_path(name, self.model.model_type) for name in self.model.tensors} | {HEAD}
         lost = sorted(p for p in paths - set(self.whole) if self._is_saved(p))
         self.wrong += [f"{PREFIX}{path}: missing, of modules_to_save" for path in lost]
-        if self.record is not None:
-            extra = sorted(set(self.low) - set(self.record["targets"]))
-            self.wrong += [f"{PREFIX}{path}: a layer that was not trained" for path in extra]
+        extra = sorted(set(self.low) - expected)
+        self.wrong += [f"{PREFIX}{path}: a layer that the adapter does not name" for path in extra]
         if self.wrong or not found:
             shown = self.wrong[:12] or ["it holds no tensors"]
             if len(self.wrong) > 12:
@@ -350,7 +338,7 @@ class _Reading:
         stored = self.model.tensor(self._stored(disk).name) if disk else None
         if stored is None or stored.shape != tensor.shape:
             self.wrong.append(f"{name}: the base has no such tensor of shape {tuple(tensor.shape)}")
-        elif not torch.equal(tensor.float(), stored.float()):
+        elif not same_numbers(stored, tensor):
             self.wrong.append(f"{name}: differs from the base's {disk}; it was trained on another")
 
     def _expected(self) -> set[str]:
@@ -362,5 +350,8 @@ class _Reading:
             for name, stored in self.model.tensors.items()
             if name.endswith(".weight") and len(stored.shape) == 2
         ]
+        head = HEAD.removesuffix(".weight")
+        if head not in paths:  # tied: stored as the embedding alone
+            paths.append(head)
         inner = [p for p in paths if not p.endswith(("lm_head", "embed_tokens", "wte", "wpe"))]
         return self.config.expected(paths, inner)

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from tsugiki.adapters.algebra import PREFIX, LowRank
+from tsugiki.adapters.algebra import LowRank
 from tsugiki.adapters.joined import Joined
 from tsugiki.adapters.peft_config import PeftConfig
+from tsugiki.adapters.record import PREFIX
 from tsugiki.errors import AdapterError
 from tsugiki.files import atomic_folder
 from tsugiki.models.families import HEAD, is_transposed, module_path

@@ -1,21 +1,24 @@
-"""Reads `tsugiki.json`, the record beside an adapter, and holds PEFT's config to it.
+"""The files of an adapter, before a tensor is read: PEFT's config, the weights' digest, and
+`tsugiki.json`, the record that holds them together.
 
-The file may be damaged or edited; whatever does not fit is refused. Knows no tensors.
+Each may be damaged or edited; whatever does not fit is refused. Knows no tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import isclose
 from pathlib import Path
 from typing import Any
 
-from tsugiki.adapters.peft_config import PeftConfig
+from tsugiki.adapters.peft_config import PeftConfig, read_peft_config
 from tsugiki.errors import AdapterError, TsugikiError
-from tsugiki.files import read_json
+from tsugiki.files import read_json, sha256_file
 
 FORMAT_VERSION = 1
+PREFIX = "base_model.model."  # of tensors' names in PEFT's files
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,46 @@ def read_record(folder: Path) -> dict[str, Any] | None:
             fix="pip install -U tsugiki",
         )
     return record
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter's files, found whole. record: none for an adapter from elsewhere."""
+
+    config: PeftConfig
+    record: dict[str, Any] | None
+    weights: Path
+    digest: str
+
+
+def open_adapter(folder: Path, *, can: Collection[str] = ()) -> Opened:
+    """Read all but the tensors.
+
+    Args:
+        can: settings of PEFT's that the caller honours (see `read_peft_config`).
+
+    Raises:
+        AdapterError: not an adapter folder, pickled, damaged, or changed since it was saved.
+    """
+    config = read_peft_config(folder, can=can)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        pickled = (folder / "adapter_model.bin").exists()
+        raise AdapterError(
+            f"{folder} has no {WEIGHTS}",
+            got="adapter_model.bin (pickled: it could run code)" if pickled else None,
+            fix="save the adapter again with safetensors",
+        )
+    record = read_record(folder)
+    digest = sha256_file(weights)
+    if record is not None and record.get("weights_sha256") != digest:
+        raise AdapterError(
+            f"{weights} is not the file that was saved with {folder / 'tsugiki.json'}",
+            got=f"SHA-256 {digest[:16]}…",
+            allowed=f"{str(record.get('weights_sha256'))[:16]}…",
+            fix="copy the adapter again from where it was made",
+        )
+    return Opened(config, record, weights, digest)
 
 
 def check_scales(

@@ -23,26 +23,26 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from tsugiki import __version__
+from tsugiki.adapters.algebra import same_numbers
 from tsugiki.adapters.attach import lora_modules, place, refuse_attached
-from tsugiki.adapters.peft_config import PeftConfig, read_peft_config
+from tsugiki.adapters.peft_config import PeftConfig
 from tsugiki.adapters.record import (
     FORMAT_VERSION,
+    PREFIX,
+    WEIGHTS,
     check_base,
     check_scales,
-    read_record,
+    open_adapter,
 )
 from tsugiki.adapters.record import (
     BaseIdentity as BaseIdentity,
 )
 from tsugiki.adapters.targets import head_path
 from tsugiki.errors import AdapterError
-from tsugiki.files import atomic_folder, sha256_file
+from tsugiki.files import atomic_folder
 from tsugiki.models.projections import projection
 from tsugiki.models.shards import read_shard
 from tsugiki.models.spec import NameMap
-
-PREFIX = "base_model.model."
-WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -222,28 +222,11 @@ def read_adapter(
         AdapterError: not an adapter folder; pickled; a missing layer, an extra tensor, a wrong
             shape or rank, NaN or inf; changed weights; another base. Tensors are named.
     """
-    config = read_peft_config(folder)
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        raise AdapterError(
-            f"{folder} has no {WEIGHTS}",
-            got="adapter_model.bin (pickled: it could run code)"
-            if (folder / "adapter_model.bin").exists()
-            else None,
-            fix="save the adapter again with safetensors",
-        )
+    opened = open_adapter(folder)
+    config, record, weights = opened.config, opened.record, opened.weights
     read_shard(weights, AdapterError)
-    record = read_record(folder)
-    digest = sha256_file(weights)
     notes: list[str] = []
     if record is not None:
-        if record.get("weights_sha256") != digest:
-            raise AdapterError(
-                f"{weights} is not the file that was saved with {folder / 'tsugiki.json'}",
-                got=f"SHA-256 {digest[:16]}…",
-                allowed=f"{str(record.get('weights_sha256'))[:16]}…",
-                fix="copy the adapter again from where it was made",
-            )
         notes += check_base(record.get("base"), base, folder, accept_base=accept_base)
     else:
         named = config.base_name or "no base named"
@@ -265,7 +248,7 @@ def read_adapter(
         verified=verified and not any("accepted" in note for note in notes),
         notes=notes,
         chat=record.get("chat") if record else None,
-        digest=digest,
+        digest=opened.digest,
     )
     return ReadAdapter(pairs, scales, config.dropout, info)
 
@@ -336,10 +319,7 @@ def _unlike_base(name: str, tensor: Tensor, modules: Mapping[str, nn.Module]) ->
     module = modules.get(name.removeprefix(PREFIX).removesuffix(".base_layer.weight"))
     if not isinstance(module, nn.Linear):
         return [f"{name}: only linear projections are adapted, and this is none"]
-    own, copy = module.weight, tensor.to(module.weight.device)
-    same = own.shape == copy.shape and (
-        torch.equal(own, copy.to(own.dtype)) or torch.equal(own.to(copy.dtype), copy)
-    )
+    same = same_numbers(module.weight, tensor.to(module.weight.device))
     return [] if same else [f"{name}: differs from the base's; it was trained on another"]
 
 
