@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import peft
 import pytest
 import torch
 from families import FAMILIES, save_tiny, tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers_for_tests import CHATML, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from tsugiki.adapters.storage import load_adapter
+from tsugiki.errors import AdapterError
 from tsugiki.merging import plan_merge, write_merged
 
 TOKENIZER = tiny_tokenizer(CHATML)
@@ -82,3 +85,32 @@ def test_same_tensors_as_peft(family: str, dtype: torch.dtype, tmp_path: Path) -
     for file in ("tokenizer.json", "generation_config.json", "chat_template.jinja", "config.json"):
         assert (tmp_path / "ours" / file).read_bytes() == (base / file).read_bytes()
     assert json.loads((tmp_path / "ours" / "tsugiki.json").read_text())["kind"] == "merged"
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_merge_and_load_hold_a_strangers_adapter_to_the_same_rules(tmp_path: Path) -> None:
+    """Layers that its config does not name; a head copied along in a shorter type, or changed."""
+    base = save_tiny("llama", tmp_path / "base", TOKENIZER)
+    peft_adapter(base, tmp_path / "more", target_modules=["q_proj", "v_proj"])
+    config = tmp_path / "more" / "adapter_config.json"
+    raw = json.loads(config.read_text())
+    config.write_text(json.dumps({**raw, "target_modules": ["q_proj"]}))
+    peft_adapter(base, tmp_path / "head", target_modules=["q_proj", "lm_head"])
+    weights = tmp_path / "head" / "adapter_model.safetensors"
+    held = load_file(weights)
+    name = next(name for name in held if name.endswith("base_layer.weight"))
+    save_file({**held, name: held[name].bfloat16()}, weights)
+
+    def both(folder: Path) -> list[Callable[[], object]]:
+        model = AutoModelForCausalLM.from_pretrained(base)
+        return [lambda: plan_merge(folder, base), lambda: load_adapter(model, folder)]
+
+    for use in both(tmp_path / "more"):
+        with pytest.raises(AdapterError, match=r"v_proj: a layer that the adapter does not name"):
+            use()
+    for use in both(tmp_path / "head"):
+        use()
+    save_file({**held, name: held[name] + 1}, weights)
+    for use in both(tmp_path / "head"):
+        with pytest.raises(AdapterError, match="it was trained on another"):
+            use()

@@ -192,7 +192,7 @@ def make_plan(
     train = asked.model_copy(update=filled)
     resolved = config.model_copy(update={"lora": lora, "train": train})
     memory = predict_memory(spec, resolved, facts, decisions, micro, trainable)
-    disk = predict_disk(spec, resolved, trainable)
+    disk = predict_disk(trainable)
     longest = config.data.max_length or facts.longest
     plan = Plan(resolved, reasons, steps, per_step, trainable, memory, disk, longest)
     if plan.memory_total > limit:
@@ -280,7 +280,7 @@ def compare_memory(
     return needs
 
 
-def predict_disk(spec: ModelSpec, config: RunConfig, trainable: int) -> int:
+def predict_disk(trainable: int) -> int:
     """Bytes a run writes at most: two checkpoints and one being written, the best, the rest."""
     per_checkpoint = trainable * 12
     return 3 * per_checkpoint + 2 * trainable * 4 + (16 << 20)

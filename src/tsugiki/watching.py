@@ -124,6 +124,6 @@ def _finished(result: TrainResult, terminal: Terminal, folder: Path) -> None:
     terminal.say("finished", Text("\n".join(lines)), **asdict(result))
 
 
-def _one_line(text: str, width: int = 160) -> str:
+def _one_line(text: str) -> str:
     flat = " ".join(text.split())
-    return flat if len(flat) <= width else flat[: width - 1] + "…"
+    return flat if len(flat) <= 160 else flat[:159] + "…"

@@ -72,9 +72,3 @@ class LoraLinear(nn.Module):
     def extra_repr(self) -> str:
         """Rank and scale, for printing the model."""
         return f"r={self.lora_A.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}"
-
-
-def delta(module: LoraLinear) -> Tensor:
-    """The change of the (out, in) weight that the adapter makes, in fp32."""
-    with torch.no_grad():
-        return module.scale * (module.lora_B.float() @ module.lora_A.float())

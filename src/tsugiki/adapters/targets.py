@@ -49,13 +49,12 @@ NO_OUT_PROJ = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 
 @dataclass(frozen=True)
 class Target:
-    """A projection to adapt: module path, parameter, kind (linear or conv1d), and shape."""
+    """A projection to adapt: module path, kind (linear or conv1d), and shape."""
 
     path: str
     kind: str
     in_features: int
     out_features: int
-    parameter: str = "weight"
 
     def count(self, r: int) -> int:
         """Parameters of an adapter of rank r here: r·(in + out)."""

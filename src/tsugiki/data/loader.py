@@ -22,11 +22,6 @@ class Step:
     epoch: float
 
     @property
-    def labelled(self) -> int:
-        """Trained tokens of the whole step."""
-        return sum(e.labelled for one in self.passes for e in one)
-
-    @property
     def tokens(self) -> int:
         """All tokens of the step; there is no padding."""
         return sum(len(e.ids) for one in self.passes for e in one)

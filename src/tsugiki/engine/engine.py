@@ -68,7 +68,6 @@ class Completion:
     ids: tuple[int, ...]
     text: str
     finish: Finish
-    prompt_tokens: int
     reused: int
 
 
@@ -197,10 +196,6 @@ class Engine:
             for number in numbers:
                 self.cancel(number)
 
-    def stream(self, request: Request) -> Generator[Event, None, None]:
-        """Events of one request."""
-        return self.generate([request])
-
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
         """Whole answers, in the order of the requests."""
         ids: list[list[int]] = [[] for _ in requests]
@@ -216,8 +211,8 @@ class Engine:
                 finishes[index] = event.finish
                 reused[index] = event.reused
         return [
-            Completion(tuple(ids[i]), "".join(texts[i]), finishes[i], len(r.ids), reused[i])
-            for i, r in enumerate(requests)
+            Completion(tuple(ids[i]), "".join(texts[i]), finishes[i], reused[i])
+            for i in range(len(requests))
         ]
 
     def forget(self) -> None:

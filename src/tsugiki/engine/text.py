@@ -31,14 +31,10 @@ class TextStream:
     Args:
         tokenizer: decodes ids.
         context: ids that stand before the first token, when the text goes on from them.
-        skip_special: leave special tokens out.
     """
 
-    def __init__(
-        self, tokenizer: Decodes, context: Sequence[int] = (), *, skip_special: bool = True
-    ) -> None:
+    def __init__(self, tokenizer: Decodes, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._skip = skip_special
         self._window = list(context)[-8:]
         self._border = len(self._window)  # ids before it read as whole characters
         self._sent = len(self._decode(self._window))
@@ -69,7 +65,7 @@ class TextStream:
         if not ids:
             return ""
         return self._tokenizer.decode(
-            ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
 

@@ -8,7 +8,7 @@ and stay so. Knows no base in memory: headers suffice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,7 +35,6 @@ class LoraPlan:
 
     metadata: Metadata
     tensors: dict[str, Tensor]
-    notes: list[str] = field(default_factory=list)
 
     def infos(self) -> list[TensorInfo]:
         """The file's tensors."""
@@ -106,7 +105,7 @@ def plan_lora(joined: Joined, name: str) -> LoraPlan:
         "general.file_type": 0,
         "general.quantization_version": VERSION,
     }
-    return LoraPlan(metadata, tensors, list(joined.notes))
+    return LoraPlan(metadata, tensors)
 
 
 def write_lora(plan: LoraPlan, output: Path) -> int:

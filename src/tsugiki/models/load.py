@@ -35,8 +35,8 @@ from tsugiki.models.isolation import probe_isolation, refuse_encoder
 from tsugiki.models.quantized import quantize_modules
 from tsugiki.models.quantized_load import load_quantized, notes_on_base
 from tsugiki.models.quantized_store import Origin, is_quantized_folder, load_stored, read_origin
-from tsugiki.models.shards import read_shard, shard_files
-from tsugiki.models.spec import ModelSpec, NameMap, load_config
+from tsugiki.models.shards import whole_shards
+from tsugiki.models.spec import ModelSpec, NameMap, load_config, refuse_code
 from tsugiki.models.tune import Tuned, tune
 from tsugiki.models.unused import notes_on_unused
 
@@ -87,7 +87,7 @@ class Base:
         """How its parameters are named in its files; only headers are read."""
         if self.origin is not None:
             return NameMap(self.spec.meta_model(), self.origin.stored)
-        stored = [t.name for file in shard_files(self.folder) for t in read_shard(file).tensors]
+        stored = [t.name for shard in whole_shards(self.folder) for t in shard.tensors]
         return NameMap(self.spec.meta_model(), stored)
 
     def make_fast(self) -> str:
@@ -129,7 +129,13 @@ def load_tokenizer(
             allowed=", ".join(TOKENIZER_FILES),
             fix="copy the tokenizer files of the original model into the folder",
         )
-    _refuse_code(folder / "tokenizer_config.json", trust_remote_code)
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and not trust_remote_code:
+        try:
+            raw = json.loads(settings.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelError(f"{settings} cannot be read: {error}") from None
+        refuse_code(raw, f"the tokenizer in {folder}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
@@ -189,7 +195,7 @@ def load_base(
             dtype=dtype, device=device, trust_remote_code=trust_remote_code,
         )  # fmt: skip
     else:
-        check_weights(folder)
+        whole_shards(folder)
         model, notes = _load(folder, dtype, device, trust_remote_code)
     _load_generation_config(model, folder)
     model.eval()
@@ -288,54 +294,9 @@ def _load_generation_config(model: nn.Module, folder: Path) -> None:
             return  # only stop tokens are read from it, and the chat format has its own
 
 
-def check_weights(folder: Path) -> None:
-    """Only whole safetensors files are read.
-
-    Raises:
-        ModelError: pickled only, none, a shard missing, a header that lies.
-    """
-    files = shard_files(folder)
-    if not files:
-        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        if pickled:
-            raise ModelError(
-                f"{folder} has only pickled weights, which can run code when loaded",
-                got=", ".join(pickled[:5]),
-                allowed="*.safetensors",
-                fix="get the safetensors version of this model, or convert it in a place you trust",
-            )
-        fix = "copy the model's *.safetensors there"
-        raise ModelError(f"{folder} has no weights", allowed="*.safetensors", fix=fix)
-    absent = [f.name for f in files if not f.is_file()]
-    if absent:
-        raise ModelError(
-            f"{folder} lacks shards that its index names",
-            got=", ".join(absent),
-            fix="run the download again: it goes on where it stopped",
-        )
-    for file in files:
-        read_shard(file)
-
-
-def _refuse_code(config: Path, trusted: bool) -> None:
-    if trusted or not config.is_file():
-        return
-    try:
-        raw = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{config} cannot be read: {error}") from None
-    if isinstance(raw, dict) and raw.get("auto_map"):
-        raise ModelError(
-            f"the tokenizer in {config.parent} wants to run its own Python code",
-            got=str(raw["auto_map"])[:200],
-            fix="read that code; if you trust it, add --trust-remote-code",
-        )
-
-
 __all__ = [
     "Base",
     "ResolvedModel",
-    "check_weights",
     "load_base",
     "load_tokenizer",
     "resolve_model",

@@ -122,12 +122,15 @@ def read_shard(path: Path, error: type[TsugikiError] = ModelError) -> Shard:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The files that the index names, else every safetensors file of the model.
+    """The files that the index names, else model.safetensors, else all that there are.
 
     Raises:
         ModelError: a damaged index, or one that names files outside the folder.
     """
     index = folder / INDEX
+    whole = folder / "model.safetensors"
+    if not index.is_file() and whole.is_file():
+        return [whole]  # what lies beside it is the same in another form, as Mistral's
     if not index.is_file():
         return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
     try:
@@ -216,19 +219,13 @@ def view(mapped: mmap.mmap, stored: Stored) -> Tensor:
     return flat.reshape(stored.shape)
 
 
-def open_model(folder: Path) -> StoredModel:
-    """Read config and headers of a model folder; no tensor is touched.
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model folder's config.json as it is.
 
     Raises:
-        ModelError: no config.json, no safetensors or only pickled ones, a shard missing, a file
-            that lies, a tensor in two files.
+        ModelError: there is none, or it cannot be read.
     """
     path = folder / "config.json"
-    if (folder / QUANTIZED_RECORD).is_file():
-        raise ModelError(
-            f"{folder} holds a quantised base, not its 16-bit weights",
-            fix="--model with the base that it was made of",
-        )
     if not path.is_file():
         raise ModelError(
             f"{folder} is not a model folder: it has no config.json",
@@ -240,17 +237,28 @@ def open_model(folder: Path) -> StoredModel:
         raise ModelError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{path} cannot be read: not a JSON object")
+    return config
+
+
+def whole_shards(folder: Path) -> tuple[Shard, ...]:
+    """The headers of a model's safetensors files; no tensor is touched.
+
+    Raises:
+        ModelError: no such file or only pickled ones, a shard missing, a file that lies, a tensor
+            in two files.
+    """
     files = shard_files(folder)
     if not files:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        raise ModelError(
-            f"{folder} has only pickled weights, which can run code when loaded"
-            if pickled
-            else f"{folder} has no weights",
-            got=", ".join(pickled[:5]) or None,
-            allowed="*.safetensors",
-            fix="get the safetensors version of this model" if pickled else None,
-        )
+        if pickled:
+            raise ModelError(
+                f"{folder} has only pickled weights, which can run code when loaded",
+                got=", ".join(pickled[:5]),
+                allowed="*.safetensors",
+                fix="get the safetensors version of this model, or convert it in a place you trust",
+            )
+        fix = "copy the model's *.safetensors there"
+        raise ModelError(f"{folder} has no weights", allowed="*.safetensors", fix=fix)
     absent = [file.name for file in files if not file.is_file()]
     if absent:
         raise ModelError(
@@ -259,13 +267,27 @@ def open_model(folder: Path) -> StoredModel:
             fix="run the download again: it goes on where it stopped",
         )
     shards = tuple(read_shard(file) for file in files)
-    tensors: dict[str, Stored] = {}
-    for shard in shards:
-        for tensor in shard.tensors:
-            if tensor.name in tensors:
-                raise ModelError(f"{tensor.name} is stored twice in {folder}")
-            tensors[tensor.name] = tensor
-    return StoredModel(folder, config, shards, tensors)
+    seen: set[str] = set()
+    for tensor in (tensor for shard in shards for tensor in shard.tensors):
+        if tensor.name in seen:
+            raise ModelError(f"{tensor.name} is stored twice in {folder}")
+        seen.add(tensor.name)
+    return shards
+
+
+def open_model(folder: Path) -> StoredModel:
+    """Read config and headers of a model folder.
+
+    Raises:
+        ModelError: as `read_config` and `whole_shards`; or weights in few bits.
+    """
+    if (folder / QUANTIZED_RECORD).is_file():
+        raise ModelError(
+            f"{folder} holds a quantised base, not its 16-bit weights",
+            fix="--model with the base that it was made of",
+        )
+    config, shards = read_config(folder), whole_shards(folder)
+    return StoredModel(folder, config, shards, {t.name: t for s in shards for t in s.tensors})
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

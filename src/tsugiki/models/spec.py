@@ -6,7 +6,6 @@ of adapters or of how weights are loaded.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from tsugiki.errors import ModelError
 from tsugiki.models.conversion import Conversion, read_conversion
 from tsugiki.models.projections import projection
+from tsugiki.models.shards import read_config
 
 # What configs call the longest sequence; the first that one has counts.
 CONTEXT = (
@@ -42,7 +42,6 @@ class LinearModule:
 class ModelSpec:
     """Shapes of a base; counts are of parameters, a tied pair counted once."""
 
-    family: str
     hidden_size: int
     layers: int
     heads: int
@@ -52,7 +51,6 @@ class ModelSpec:
     vocab_size: int
     context: int
     parameters: int
-    tied: bool
     config: PretrainedConfig
     meta: nn.Module = field(repr=False, compare=False)
 
@@ -78,7 +76,6 @@ class ModelSpec:
         hidden = int(_first(text, "hidden_size", "n_embd") or 0)
         layers = int(_first(text, "num_hidden_layers", "n_layer") or 0)
         return cls(
-            family=str(text.model_type),
             hidden_size=hidden,
             layers=layers,
             heads=heads,
@@ -86,9 +83,8 @@ class ModelSpec:
             head_dim=int(_first(text, "head_dim") or hidden // heads),
             intermediate_size=int(_first(text, "intermediate_size", "n_inner") or 4 * hidden),
             vocab_size=int(text.vocab_size),
-            context=int(_first(text, *CONTEXT) or 2048),
+            context=context_of(text) or 2048,
             parameters=sum(p.numel() for p in unique_parameters(model)),
-            tied=bool(getattr(text, "tie_word_embeddings", False)),
             config=config,
             meta=model,
         )
@@ -117,37 +113,32 @@ def unique_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list({id(p): p for p in model.parameters()}.values())
 
 
+def refuse_code(settings: Any, who: str) -> None:
+    """Raises ModelError: a config or tokenizer config (as read) names Python code to run."""
+    if isinstance(settings, dict) and settings.get("auto_map"):
+        raise ModelError(
+            f"{who} wants to run its own Python code",
+            got=str(settings["auto_map"])[:200],
+            fix="read that code; if you trust it, add --trust-remote-code",
+        )
+
+
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """A transformers config from a folder.
 
     Raises:
         ModelError: missing, broken, unknown architecture, or code of its own without consent.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ModelError(
-            f"{folder} is not a model folder: it has no config.json",
-            fix="give the folder that holds config.json and *.safetensors",
-        )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from None
-    if raw.get("auto_map") and not trust_remote_code:
-        raise ModelError(
-            f"{folder} wants to run its own Python code",
-            got=", ".join(f"{k}: {v}" for k, v in sorted(raw["auto_map"].items())),
-            fix="read that code; if you trust it, add --trust-remote-code",
-        )
+    raw = read_config(folder)
+    if not trust_remote_code:
+        refuse_code(raw, str(folder))
     try:
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:  # transformers raises many types for a bad config
         raise ModelError(
-            f"{path} describes a model that cannot be built",
+            f"{folder / 'config.json'} describes a model that cannot be built",
             got=f"model_type {raw.get('model_type')!r}: {_first_line(error)}",
             fix="update transformers if the model is newer than it, or check the file",
         ) from None
@@ -247,6 +238,12 @@ class NameMap:
     def partner(self, path: str) -> str | None:
         """The parameter that this one is tied to, if it is."""
         return self.tied.get(path)
+
+
+def context_of(config: Any) -> int | None:
+    """Tokens that a text config says its model can see; None where it does not say."""
+    found = _first(config, *CONTEXT)
+    return found if isinstance(found, int) else None
 
 
 def _first(config: Any, *names: str) -> Any:

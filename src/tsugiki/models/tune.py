@@ -25,7 +25,7 @@ from tsugiki.models.closeness import compare
 from tsugiki.models.flat import NAME, flat_forward
 from tsugiki.models.head import output_of, prove_head
 from tsugiki.models.quantized import dense_copy
-from tsugiki.models.spec import CONTEXT
+from tsugiki.models.spec import context_of
 from tsugiki.models.tuned import (
     AttentionShape,
     Replacement,
@@ -161,9 +161,7 @@ def _batch(model: nn.Module, seen: _Seen | None = None) -> ForwardBatch:
     """Three documents, one of them at the far end of the context: what depends on the position,
     as Ministral 3's queries do beyond a limit, is there to be missed."""
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    known = [getattr(config, name, None) for name in CONTEXT]
-    context = next((n for n in known if isinstance(n, int)), 0)
-    far = max(0, context - LENGTHS[1])
+    far = max(0, (context_of(config) or 0) - LENGTHS[1])
     return ForwardBatch(LENGTHS, (0, far, 0), kv=None if seen is None else _Recorder(seen))
 
 

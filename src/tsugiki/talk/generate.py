@@ -17,7 +17,7 @@ from tsugiki.engine.sampling import Sampling
 from tsugiki.errors import UsageError
 from tsugiki.talk.answering import Spoken, harmless, speak
 from tsugiki.talk.naming import BASE, Named
-from tsugiki.talk.opening import Opened, Voice, open_voices
+from tsugiki.talk.opening import Voice, open_voices
 from tsugiki.terminal import Terminal
 
 
@@ -58,8 +58,7 @@ def generate_command(
         voices.insert(0, opened.voices[BASE])
     asked = [(prompt, voice) for prompt in prompts for voice in voices]
     requests = [
-        _request(prompt, voice, opened, sampling, tuple(stop), system, raw)
-        for prompt, voice in asked
+        _request(prompt, voice, sampling, tuple(stop), system, raw) for prompt, voice in asked
     ]
     alone = len(asked) == 1 and not terminal.as_json
 
@@ -79,7 +78,6 @@ def generate_command(
 def _request(
     prompt: str,
     voice: Voice,
-    opened: Opened,
     sampling: Sampling,
     stop: tuple[str, ...],
     system: str | None,

@@ -28,6 +28,7 @@ from tsugiki.models.flat import (
 )
 from tsugiki.models.isolation import probe_isolation
 from tsugiki.models.load import Base
+from tsugiki.models.spec import context_of
 from tsugiki.models.tune import Tuned, tune, untune
 from tsugiki.training.objective import summed_loss
 from tsugiki.training.ranks import ranks
@@ -115,7 +116,8 @@ def _examples(
     """The rows, each looked at."""
     config = model.config if isinstance(model, PreTrainedModel) else None
     text = None if config is None else config.get_text_config()
-    known, context = (getattr(text, n, None) for n in ("vocab_size", "max_position_embeddings"))
+    known = getattr(text, "vocab_size", None)
+    context = None if text is None else context_of(text)
     examples = []
     for number, (ids, labels) in enumerate(rows, 1):
         named = [*ids, *(label for label in labels if label != IGNORED)]
