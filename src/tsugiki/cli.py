@@ -20,10 +20,10 @@ from tsugiki.config import RunConfig, build_config, read_yaml
 from tsugiki.doctor import doctor
 from tsugiki.errors import TsugikiError, UsageError
 from tsugiki.export_verb import export
-from tsugiki.flags import with_config_flags
+from tsugiki.flags import Accept, EvalData, Json, Model, NoVerify, Untie, with_config_flags
 from tsugiki.presets import PRESETS, preset
 from tsugiki.quantizing import quantize_base
-from tsugiki.stopping import stoppable
+from tsugiki.stopping import stoppable, verify_command
 from tsugiki.talk_verbs import chat, generate
 from tsugiki.terminal import Terminal
 
@@ -36,8 +36,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at rows before training.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-Json = Annotated[bool, typer.Option("--json", help="one JSON object a line, for machines")]
 
 
 @app.callback(invoke_without_command=True)
@@ -142,8 +140,6 @@ def demo(
 app.command()(generate)
 app.command()(chat)
 
-Model = Annotated[str | None, typer.Option(help="base; default: the adapter's own, or sprout")]
-Accept = Annotated[bool, typer.Option("--accept-base", help="load on another base of these shapes")]
 Asked = Annotated[str | None, typer.Option("--dtype", help="f32, bf16 or f16; default: the base's")]
 
 
@@ -153,12 +149,10 @@ def merge(
     output: Annotated[Path | None, typer.Option(help="folder of the merged model")] = None,
     dtype: Asked = None,
     model: Model = None,
-    untie: Annotated[bool, typer.Option("--untie", help="write a tied head apart")] = False,
+    untie: Untie = False,
     accept_base: Accept = False,
-    eval_data: Annotated[
-        Path | None, typer.Option(help="rows that choose the base of a QLoRA adapter")
-    ] = None,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="leave the proof out")] = False,
+    eval_data: EvalData = None,
+    no_verify: NoVerify = False,
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base, and prove that both compute the same.
@@ -174,7 +168,7 @@ def merge(
         merged = merge_adapter(adapter, output, terminal, untie=untie, eval_data=eval_data, **how)
         if no_verify:
             return
-        later = f"tsugiki verify {adapter} {merged.folder}" + (f" --model {model}" if model else "")
+        later = verify_command(adapter, merged.folder, model, accept_base)
         with stoppable(f"the proof of {merged.folder}", later):
             proof = verify_pair(str(adapter), str(merged.folder), terminal, **how)
     raise typer.Exit(proof.value)

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from tsugiki.files import cache_folder, human_bytes
+from tsugiki.flags import Json
 from tsugiki.terminal import Terminal
 
 WIDTH = 1024  # hidden size that is decided for when no base is named
@@ -78,7 +79,7 @@ def doctor(
         str | None, typer.Option(help=f"decide for this base; default: one of width {WIDTH}")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show what a run would decide on this machine and why, and what would make it faster."""
     from rich.table import Table

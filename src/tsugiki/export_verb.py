@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from tsugiki.errors import UsageError
-from tsugiki.stopping import stoppable
+from tsugiki.flags import Accept, EvalData, Json, Model, NoVerify, Untie
+from tsugiki.stopping import stoppable, verify_command
 from tsugiki.terminal import Terminal
 
 
@@ -25,18 +26,12 @@ def export(
         bool, typer.Option("--portable", help="the adapter for PEFT, vLLM, SGLang alike")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="folder, or a name ending in .gguf")] = None,
-    model: Annotated[str | None, typer.Option(help="base; default: the adapter's own")] = None,
-    untie: Annotated[bool, typer.Option("--untie", help="write a tied head apart")] = False,
-    accept_base: Annotated[
-        bool, typer.Option("--accept-base", help="take another base of these shapes")
-    ] = False,
-    eval_data: Annotated[
-        Path | None, typer.Option(help="rows to measure the base on that QLoRA is written onto")
-    ] = None,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="leave the proof out")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="one JSON object a line, for machines")
-    ] = False,
+    model: Model = None,
+    untie: Untie = False,
+    accept_base: Accept = False,
+    eval_data: EvalData = None,
+    no_verify: NoVerify = False,
+    as_json: Json = False,
 ) -> None:
     """Write a model or an adapter for llama.cpp, Ollama, vLLM or SGLang, and prove it.
 
@@ -68,8 +63,9 @@ def export(
         if no_verify:
             return
         what = ", ".join(str(path) for path in paths)
-        later = f"tsugiki verify {source} {'BASE.gguf+' if gguf_lora else ''}{paths[0]}"
-        with stoppable(f"the proof of {what}", later + (f" --model {model}" if model else "")):
+        candidate = f"BASE.gguf+{paths[0]}" if gguf_lora else paths[0]
+        later = verify_command(source, candidate, model, accept_base)
+        with stoppable(f"the proof of {what}", later):
             from tsugiki import proving
 
             if portable:

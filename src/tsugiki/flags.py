@@ -1,4 +1,5 @@
-"""Turns config sections into typer options, so that a setting is written once.
+"""Turns config sections into typer options, so that a setting is written once; and the options
+that several verbs share.
 
 Knows the shape of `config.py` and typer, nothing of what a setting does.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +16,13 @@ from rich.markup import escape
 
 from tsugiki.config import SECTIONS, RunConfig, flag_fields
 from tsugiki.spellings import plain_type
+
+Json = Annotated[bool, typer.Option("--json", help="one JSON object a line, for machines")]
+Model = Annotated[str | None, typer.Option(help="base; default: the adapter's own")]
+Accept = Annotated[bool, typer.Option("--accept-base", help="take another base of these shapes")]
+EvalData = Annotated[Path | None, typer.Option(help="rows that choose the base of a QLoRA adapter")]
+Untie = Annotated[bool, typer.Option("--untie", help="write a tied head apart")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="leave the proof out")]
 
 PANELS = {"model": "Base model", "data": "Data", "lora": "Adapter", "train": "Training"}
 

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from tsugiki.flags import Json
 from tsugiki.stopping import stoppable, will_write
 from tsugiki.terminal import Terminal
 
@@ -21,7 +22,7 @@ def quantize_base(
     quantize: Annotated[str, typer.Option("--quantize", help="nf4 or int8")] = "nf4",
     dtype: Annotated[str, typer.Option(help="compute type of what stays as it is")] = "auto",
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit on the Hub")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write a base in four or eight bits; --model takes the folder, adapters belong to BASE."""
     with stoppable(f"the quantising of {model}"):

@@ -8,6 +8,7 @@ resumes, has signals of its own (training/signals.py). Knows nothing of what is 
 from __future__ import annotations
 
 import contextlib
+import shlex
 import signal
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
@@ -42,6 +43,13 @@ def stoppable(work: str, again: str = "") -> Iterator[None]:
         raise Interrupted(f"{work} was stopped; {left}", signal.SIGINT, again or rest) from None
     finally:
         _outputs.reset(before)
+
+
+def verify_command(a: str | Path, b: str | Path, model: str | None, accept_base: bool) -> str:
+    """What proves b to be a, as it would be typed."""
+    base = ["--model", model] if model else []
+    accept = ["--accept-base"] if accept_base else []
+    return shlex.join(["tsugiki", "verify", str(a), str(b), *base, *accept])
 
 
 def will_write(paths: Iterable[Path]) -> None:

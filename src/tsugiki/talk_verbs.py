@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from tsugiki.flags import Accept, Json
 from tsugiki.terminal import Terminal
 
 Adapters = Annotated[
@@ -14,7 +15,6 @@ Adapters = Annotated[
 ]
 Model = Annotated[str | None, typer.Option(help="base; default: the adapter's own, or sprout")]
 BaseOnly = Annotated[bool, typer.Option("--base-only", help="no adapter at all")]
-Accept = Annotated[bool, typer.Option("--accept-base", help="load on another base of these shapes")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="allow the model's own code")]
 Template = Annotated[str | None, typer.Option(help="chatml, alpaca, instruction-ja or plain")]
 System = Annotated[str | None, typer.Option(help="a system turn that always stays")]
@@ -29,7 +29,6 @@ Kept = Annotated[
     str | None, typer.Option("--quantize", help="none, nf4 or int8; default: as it was trained")
 ]
 Compare = Annotated[bool, typer.Option("--compare", help="base and tuned side by side")]
-Json = Annotated[bool, typer.Option("--json", help="one JSON object a line, for machines")]
 
 
 def generate(
