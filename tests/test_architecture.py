@@ -21,7 +21,7 @@ FLOORS: dict[str, int] = {
     "doctor": 5,
     "shipping": 5, "export_verb": 5, "proving": 5, "talk_verbs": 5,
     "cli": 5, "pipelines": 5, "demo": 5, "talk": 5, "flags": 5,
-    "guarding": 5, "watching": 5, "looking": 5, "showing": 5, "fitting": 5, "sources": 5, "__main__": 5, "__init__": 5,
+    "guarding": 5, "watching": 5, "looking": 5, "showing": 5, "fitting": 5, "sources": 5, "resuming": 5, "__main__": 5, "__init__": 5,
 }  # fmt: skip
 MAY_IMPORT_NEIGHBOUR = {("models", "kernels")}
 SAME_FLOOR_FREE = {0, 5}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"prompt": f"say {i}", "completion": f"{i} it is"} for i in range(30)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "moved").mkdir()
+    (folder / "bare").mkdir()
+    shutil.copy(folder / "model" / "config.json", folder / "bare")
     (folder / "moved" / "config.yaml").write_text("data: {path: gone.jsonl}\n")
     return folder
 
@@ -148,6 +151,13 @@ BAD = {
         ["generate", "--adapter", "model", "--prompt", "hi"],
         "there is no adapter in model",
     ),
+    "no prompt": (["generate", "--adapter", "model"], "no prompt"),
+    "raw": (["generate", "hi", "--raw", "--system", "x"], "--system has no meaning with --raw"),
+    "few bits": (["generate", "hi", "--quantize", "nf5"], "none, nf4, int8"),
+    "format": (["generate", "hi", "--template", "foo"], "chatml, alpaca"),
+    "no name": (["generate", "hi", "--adapter", "one="], "names no folder"),
+    "full": (["train", "rows.jsonl", "--method", "full", "--quantize", "nf4"], "few bits cannot"),
+    "no tokenizer": (["data", "show", "rows.jsonl", "--model", "bare"], "bare has no tokenizer"),
     "newest": (["chat", "--model", "./none"], "there is no model folder ./none"),
     "data": (["data", "check", "empty.jsonl", "--model", "model"], "is empty"),
     "layout": (["data", "show", "odd.jsonl"], "--columns prompt=asks,answer=tells"),

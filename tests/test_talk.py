@@ -31,6 +31,7 @@ from tsugiki.talk.chat import chat_command
 from tsugiki.talk.generate import generate_command
 from tsugiki.talk.naming import Who, find_named, newest_adapter
 from tsugiki.talk.opening import open_voices
+from tsugiki.talk_verbs import read_prompts
 from tsugiki.terminal import Terminal
 
 TEMPLATE = (
@@ -133,8 +134,6 @@ def test_raw_text_goes_on(home: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ids = engine.base.tokenizer("hello", add_special_tokens=False)["input_ids"]
     (answer,) = engine.complete([Request(tuple(ids), sampling=SHORT, raw=True)])
     assert capsys.readouterr().out == harmless(answer.text) + "\n", "a pipe gets the answer alone"
-    with pytest.raises(UsageError, match="--system"):
-        ask(home, who, ["hello"], sampling=SHORT, raw=True, system="x", terminal=Terminal())
 
 
 def test_a_base_that_moved_is_found(
@@ -152,15 +151,12 @@ def test_a_base_that_moved_is_found(
         find_named(Who(), Terminal(), tmp_path)
 
 
-def test_prompts_from_stdin(
-    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
-    ask(home, Who(), [], sampling=SHORT, terminal=Terminal(as_json=True))
-    assert [a["prompt"] for a in heard(capsys, "answer")] == ["one", "two"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert read_prompts(["here"]) == ["here"]
+    assert read_prompts([]) == ["one", "two"]
     with pytest.raises(UsageError, match="no prompt"):
-        ask(home, Who(), [], sampling=SHORT, terminal=Terminal(as_json=True))
+        read_prompts([])
 
 
 def test_commands_of_the_chat(

@@ -27,9 +27,10 @@ from runs import (
 
 from tsugiki import files
 from tsugiki.config import build_config, read_yaml
-from tsugiki.errors import NonFiniteError, RunError
+from tsugiki.errors import NonFiniteError, RunError, UsageError
 from tsugiki.kernels import backend
 from tsugiki.pipelines import run_training
+from tsugiki.resuming import resumed_config
 from tsugiki.terminal import Terminal
 from tsugiki.training import loop, metrics
 from tsugiki.training.checkpoint import checkpoints, newest_whole
@@ -203,12 +204,30 @@ def test_resume_of_another_run_is_refused(place: Path) -> None:
             run_training(build_config(stored, change), Terminal(as_json=True), resume=run)
     changed = place / "changed.jsonl"
     changed.write_text((place / "rows.jsonl").read_text().replace("red", "rad", 1))
-    with pytest.raises(RunError, match="data"):
+    with pytest.raises(RunError, match="the rows are not those that it began with"):
         run_training(
             build_config(stored, {"data": {"path": str(changed)}}),
             Terminal(as_json=True),
             resume=run,
+            dry_run=True,  # told before the weights are loaded
         )
+
+
+def test_a_run_finds_its_base_where_it_moved(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_process(place, "moving", max_steps=4)
+    run, base = place / "moving", Path(read_yaml(place / "moving/config.yaml")["model"]["name"])
+    moved = base.with_name("base-moved")
+    base.rename(moved)
+    try:
+        config = resumed_config(run, {}, [], Terminal())
+        assert config.model.name == str(moved)
+        assert "found by its fingerprint" in capsys.readouterr().err
+        with pytest.raises(UsageError, match="the base of this run is not at"):
+            resumed_config(run, {"model": {"name": str(base)}}, [], Terminal())
+    finally:
+        moved.rename(base)
 
 
 def test_one_writer_and_no_overwriting(place: Path) -> None:

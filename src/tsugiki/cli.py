@@ -66,31 +66,13 @@ def train(
         if "path" in settings.get("data", {}):
             raise UsageError("the data was given twice", fix="give DATA or --data, not both")
         settings.setdefault("data", {})["path"] = source
+    terminal = Terminal(as_json=as_json)
     if resume is not None:
+        from tsugiki.resuming import resumed_config
+
         whole = [f for f, k in (("--preset", "preset"), ("--output", "output")) if k in settings]
         whole += ["--config"] if config is not None else []
-        if whole:
-            raise UsageError(
-                f"{' and '.join(whole)} cannot be joined with --resume",
-                fix=f"tsugiki train --resume {resume} takes its settings from the run folder",
-            )
-        if not (resume / "config.yaml").is_file():
-            run = next((p for p in resume.parents if (p / "config.yaml").is_file()), None)
-            fix = f"tsugiki train --resume {run}" if run else "ls runs/"
-            if resume.exists():
-                raise UsageError(f"{resume} is not a run folder", fix=fix)
-            raise UsageError(f"there is no run folder {resume}", fix=fix)
-        stored = read_yaml(resume / "config.yaml")
-        run_config = build_config(stored, settings)
-        for path, flag in (
-            (run_config.data.path, "--data"),
-            (run_config.data.eval_data, "--eval-data"),
-        ):
-            if path is not None and not path.exists():
-                raise UsageError(
-                    f"the data of this run is not at {path} any more",
-                    fix=f"tsugiki train --resume {resume} {flag} WHERE_IT_IS",
-                )
+        run_config = resumed_config(resume, settings, whole, terminal)
     else:
         run_config = configure(settings, config)
         if run_config.output is not None:
@@ -100,8 +82,8 @@ def train(
 
     from tsugiki.sources import find_sources
 
-    terminal = Terminal(as_json=as_json)
-    sources = find_sources(run_config, terminal)  # what is wrong with them is told before torch
+    # What is wrong with them is told before torch is loaded.
+    sources = find_sources(run_config, terminal, resumed=resume is not None)
 
     from tsugiki.pipelines import run_training
 

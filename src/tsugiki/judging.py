@@ -32,7 +32,7 @@ from tsugiki.merging import NAMES, MergePlan, merged_tensor
 from tsugiki.models.families import HEAD
 from tsugiki.models.hub import ResolvedModel
 from tsugiki.models.kept import as_kept
-from tsugiki.models.load import Base, load_base, load_tokenizer
+from tsugiki.models.load import Base, load_base, load_tokenizer, tokenizer_of
 from tsugiki.models.spec import ModelSpec, NameMap
 from tsugiki.pipelines import prepare_rows
 from tsugiki.planning import free_memory
@@ -163,7 +163,7 @@ def held_out_rows(
     """
     record: dict[str, Any] = changes.record or {}
     config = build_config(record.get("config") or {})
-    tokenizer = load_tokenizer(resolved)
+    tokenizer = tokenizer_of(changes.folder, load_tokenizer(resolved))
     chat = ChatFormat.from_state(changes.chat, tokenizer)
     spec = ModelSpec.from_folder(resolved.folder)
     if rows is not None:

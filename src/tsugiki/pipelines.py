@@ -26,6 +26,7 @@ from tsugiki.files import read_json, require_space
 from tsugiki.fitting import check_ids, count_trainable, facts_of, fit_to_memory
 from tsugiki.kernels import int8
 from tsugiki.kernels.backend import replay
+from tsugiki.models.fingerprint import fingerprint_folder
 from tsugiki.models.load import (
     Base,
     ResolvedModel,
@@ -41,9 +42,11 @@ from tsugiki.planning import (
     out_of_memory,
 )
 from tsugiki.showing import show_plan, show_rows
-from tsugiki.sources import Sources, find_sources
+from tsugiki.sources import FEW_BITS, Sources, find_sources
 from tsugiki.terminal import Terminal
+from tsugiki.training.checkpoint import refuse_changes, saved_identity
 from tsugiki.training.events import TrainResult
+from tsugiki.training.keeping import run_identity
 from tsugiki.training.loop import train
 from tsugiki.training.place import refuse_used
 from tsugiki.watching import tell
@@ -84,6 +87,8 @@ def run_training(
     if resume is None and config.output is not None:
         refuse_used(config.output)
     session = prepare_session(config, terminal, resume, sources)
+    if resume is not None:
+        _refuse_another(session, resume)
     show_plan(session, terminal)
     if dry_run:
         terminal.say("dry_run", "dry run: nothing was trained")
@@ -121,27 +126,34 @@ def run_prepared(
     return base, _train(session, base, folder, terminal, resumed=resumed)
 
 
-def _refuse_full(config: RunConfig, got: str, fix: str) -> None:
-    if config.train.method == "full" and config.model.quantize != "none":
-        raise UsageError(
-            "full fine-tuning changes every weight, and weights in few bits cannot be changed",
-            got=f"--method full {got}", fix=fix,
-        )  # fmt: skip
+def _refuse_another(session: Session, run: Path) -> None:
+    """Raises RunError: what goes on would be another run; told before its weights are loaded."""
+    saved = saved_identity(run / "checkpoints")
+    if saved is None:
+        return
+    folder, spec, plan = session.resolved.folder, session.spec, session.plan
+    origin = origin_of(folder, None)
+    prints = origin.fingerprint if origin else fingerprint_folder(folder, spec.meta_model())
+    ranks = saved.get("ranks", 1)  # known where they run
+    now = run_identity(plan.config, session.prepared, prints.exact, plan.steps, ranks)
+    refuse_changes(saved, now)
 
 
 def prepare_session(
     config: RunConfig, terminal: Terminal, resume: Path | None, sources: Sources | None = None
 ) -> Session:
     """Everything before weights: base found, rows read and proven, values chosen."""
-    _refuse_full(config, f"--quantize {config.model.quantize}", "leave one of them out")
-    sources = sources or find_sources(config, terminal)
+    sources = sources or find_sources(config, terminal, resumed=resume is not None)
     config, resolved = sources.config, sources.resolved
     origin = origin_of(resolved.folder, config.model.quantize)
     if origin is not None:
         kept = config.model.model_copy(update={"quantize": origin.method})
         config = config.model_copy(update={"model": kept})
-        base = f"with {resolved.folder}, whose weights are {origin.method}"
-        _refuse_full(config, base, f"--model {origin.name or 'the base that it was made of'}")
+        if config.train.method == "full":
+            raise UsageError(
+                FEW_BITS, got=f"--method full with {resolved.folder}, {origin.method}",
+                fix=f"--model {origin.name or 'the base that it was made of'}",
+            )  # fmt: skip
     spec = ModelSpec.from_folder(resolved.folder, trust_remote_code=config.model.trust_remote_code)
     check_context(config.data.max_length, spec)
     tokenizer = load_tokenizer(resolved, trust_remote_code=config.model.trust_remote_code)
@@ -150,8 +162,6 @@ def prepare_session(
         dated = config.data.model_copy(update={"template_date": chat.date})
         config = config.model_copy(update={"data": dated})
     asked = config.model
-    if asked.compute == "int8" and config.train.method == "full":
-        raise UsageError("--compute int8 is for a frozen base", fix="--method lora")
     if resume is not None and (resume / "decisions.json").exists():
         decisions = Decisions.from_json(read_json(resume / "decisions.json"))
         if asked.compute == "bf16":  # the way out of a run whose int8 gradients were refused

@@ -14,9 +14,16 @@ from rich.text import Text
 from tsugiki.config import RunConfig
 from tsugiki.data.formats import Rows, read_rows
 from tsugiki.data.named import data_files, find_data
-from tsugiki.errors import DataError
-from tsugiki.models.hub import ResolvedModel, resolve_model
+from tsugiki.errors import DataError, UsageError
+from tsugiki.models.hub import (
+    ResolvedModel,
+    refuse_no_config,
+    refuse_no_tokenizer,
+    resolve_model,
+)
 from tsugiki.terminal import Terminal
+
+FEW_BITS = "full fine-tuning changes every weight, and weights in few bits cannot be changed"
 
 
 @dataclass(frozen=True)
@@ -32,20 +39,35 @@ class Sources:
     resolved: ResolvedModel
 
 
-def find_sources(config: RunConfig, terminal: Terminal) -> Sources:
-    """Read the rows and find the base.
+def find_sources(config: RunConfig, terminal: Terminal, *, resumed: bool = False) -> Sources:
+    """Read the rows and find the base; says which it is where none was named.
 
     Raises:
+        UsageError: settings that contradict each other.
         DataError: a file that cannot be read, a layout that is not known, no row in it.
         ModelError, HubError: no such base, or it could not be downloaded.
     """
+    _refuse_full(config)
     path = find_data(config.data.path)
     config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
     rows, held_out = read_both(config)
-    if config.model.name is None:
+    if config.model.name is None and not resumed:
         text = "no --model given: sprout, the small practice model that comes with tsugiki"
         terminal.say("note", Text(text, style="dim"), text=text)
-    return Sources(config, rows, held_out, resolve_model(config.model.name, config.model.revision))
+    resolved = resolve_model(config.model.name, config.model.revision)
+    refuse_no_config(resolved.folder)
+    refuse_no_tokenizer(resolved.folder)
+    return Sources(config, rows, held_out, resolved)
+
+
+def _refuse_full(config: RunConfig) -> None:
+    if config.train.method != "full":
+        return
+    if config.model.quantize != "none":
+        got = f"--method full --quantize {config.model.quantize}"
+        raise UsageError(FEW_BITS, got=got, fix="leave one of them out")
+    if config.model.compute == "int8":
+        raise UsageError("--compute int8 is for a frozen base", fix="--method lora")
 
 
 def read_both(config: RunConfig) -> tuple[Rows, Rows | None]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
+from tsugiki.errors import UsageError
 from tsugiki.flags import Accept, Json
 from tsugiki.terminal import Terminal
 
@@ -55,6 +57,9 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answer prompts with the newest adapter, others, or the base."""
+    if raw and system:
+        raise UsageError("--system has no meaning with --raw", fix="leave one of them")
+    texts = read_prompts([*(prompts or ()), *(prompt or ())])
     from tsugiki.talk.naming import Who, find_named
 
     terminal = Terminal(as_json=as_json)
@@ -75,13 +80,26 @@ def generate(
     generate_command(
         terminal,
         named,
-        [*(prompts or ()), *(prompt or ())],
+        texts,
         sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens),
         stop=tuple(stop or ()),
         system=system,
         raw=raw,
         compare=compare,
     )
+
+
+def read_prompts(given: list[str]) -> list[str]:
+    """The prompts that were given, else the lines of stdin where it is not a terminal.
+
+    Raises:
+        UsageError: none.
+    """
+    if not given and not sys.stdin.isatty():
+        given = [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not given:
+        raise UsageError("no prompt", fix="tsugiki generate 'your question'")
+    return given
 
 
 def chat(

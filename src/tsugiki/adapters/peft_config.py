@@ -20,6 +20,7 @@ from tsugiki.files import read_json
 # Settings that change the arithmetic in ways not supported here, and the values that do not.
 # The named starts are stored as they ended; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change
 # the base as well.
+CONFIG = "adapter_config.json"
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "lora_bias": (False, None),
@@ -106,6 +107,27 @@ class PeftConfig:
         return None
 
 
+def read_raw(folder: Path) -> dict[str, Any]:
+    """`adapter_config.json` as it is.
+
+    Raises:
+        AdapterError: missing or damaged.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise AdapterError(
+            f"{folder} is not an adapter folder: it has no {CONFIG}",
+            fix=f"give the folder that holds {CONFIG} (in a run folder: adapter/)",
+        )
+    try:
+        raw = read_json(path)
+    except TsugikiError as error:
+        raise AdapterError(error.problem, fix="copy the adapter again") from None
+    if not isinstance(raw, dict):
+        raise AdapterError(f"{path} is not a JSON object", fix="copy the adapter again")
+    return raw
+
+
 def read_peft_config(folder: Path, *, can: Collection[str] = ()) -> PeftConfig:
     """Read and check `adapter_config.json`.
 
@@ -115,18 +137,7 @@ def read_peft_config(folder: Path, *, can: Collection[str] = ()) -> PeftConfig:
     Raises:
         AdapterError: missing, damaged, not LoRA, or asks for something that is not supported.
     """
-    path = folder / "adapter_config.json"
-    if not path.is_file():
-        raise AdapterError(
-            f"{folder} is not an adapter folder: it has no adapter_config.json",
-            fix="give the folder that holds adapter_config.json (in a run folder: adapter/)",
-        )
-    try:
-        raw = read_json(path)
-    except TsugikiError as error:
-        raise AdapterError(error.problem) from None
-    if not isinstance(raw, dict):
-        raise AdapterError(f"{path} is not a JSON object")
+    path, raw = folder / CONFIG, read_raw(folder)
     if raw.get("peft_type") != "LORA":
         raise AdapterError(f"{path}: only LoRA adapters are read", got=raw.get("peft_type"))
     if "lora_alpha" not in raw:

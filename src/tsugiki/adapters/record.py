@@ -59,14 +59,19 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     try:
         record = read_json(path)
     except TsugikiError as error:
-        raise AdapterError(error.problem) from None
+        raise AdapterError(error.problem, fix="copy the adapter again") from None
     base = record.get("base") if isinstance(record, dict) else None
     if (
         not isinstance(record, dict)
         or not isinstance(record.get("targets"), dict)
         or not isinstance(record.get("format_version"), int)
         or not (
-            base is None or (isinstance(base, dict) and {"name", "exact", "rounded"} <= set(base))
+            base is None
+            or (
+                isinstance(base, dict)
+                and {"exact", "rounded"} <= set(base)
+                and isinstance(base.get("name"), str)
+            )
         )
     ):
         raise AdapterError(f"{path} is damaged", fix="copy the adapter again")

@@ -22,13 +22,17 @@ def find_data(named: Path | None) -> Path:
     """
     if named is not None:
         return named
-    found = [p for p in sorted(Path("data").glob("*")) if p.is_file() and p.name[0] != "."]
-    if len(found) != 1:
+    data = Path("data")
+    found = [p for p in sorted(data.glob("*")) if p.is_file() and p.name[0] != "."]
+    if len(found) > 1:
         raise DataError(
             "no data was named",
-            got=f"{len(found)} files in data/" if found else "no file in data/",
-            fix="tsugiki train my.jsonl",
+            got=f"{len(found)} files in data/: {_named(found, data)}",
+            fix="tsugiki train data (all of them), or name one",
         )
+    if not found:
+        fix = "tsugiki train my.jsonl"
+        raise DataError("no data was named", got="no file in data/", fix=fix)
     return found[0]
 
 
@@ -97,7 +101,7 @@ def _within(path: Path) -> tuple[list[Path], list[Path]]:
     return files, sorted(f for f in marked if marked.isdisjoint(f.parents))
 
 
-def _named(folders: Sequence[Path], path: Path) -> str:
-    """Folders within another, the first three by name."""
-    names = [str(folder.relative_to(path)) for folder in folders]
+def _named(found: Sequence[Path], path: Path) -> str:
+    """What lies within a folder, the first three by name."""
+    names = [str(one.relative_to(path)) for one in found]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

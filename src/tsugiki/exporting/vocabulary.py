@@ -19,7 +19,7 @@ from tsugiki.formats.gguf_pieces import MODEL, read_pieces
 from tsugiki.formats.gguf_tokenizer import SPECIAL, Speech, tokenizer_metadata
 from tsugiki.formats.gguf_vocabulary import Piece
 from tsugiki.models.hub import ResolvedModel
-from tsugiki.models.load import TOKENIZER_FILES, load_tokenizer
+from tsugiki.models.load import load_tokenizer, tokenizer_of
 
 
 def vocabulary_metadata(joined: Joined, rows: int) -> tuple[Metadata, list[str]]:
@@ -48,11 +48,7 @@ def chat_of(joined: Joined) -> ChatFormat | None:
     tokenizer = load_tokenizer(ResolvedModel(folder, str(folder)))
     if joined.changes is None:
         return ChatFormat.of(tokenizer) if tokenizer.chat_template else None
-    own = joined.changes.folder
-    if any((own / name).is_file() for name in TOKENIZER_FILES):
-        beside = load_tokenizer(ResolvedModel(own, str(own)))
-        if len(beside) == len(tokenizer) and beside.chat_template:
-            tokenizer = beside
+    tokenizer = tokenizer_of(joined.changes.folder, tokenizer)
     if joined.changes.chat is None and not tokenizer.chat_template:
         return None
     return ChatFormat.from_state(joined.changes.chat, tokenizer)

@@ -21,6 +21,7 @@ WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 UNWANTED = ("*.bin*", "original/*", "onnx/*", "*.gguf", "*consolidated*")
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMMIT = re.compile("[0-9a-f]{40}")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 QUANTIZED_RECORD = "tsugiki_base.json"  # beside weights in few bits (quantized_store.py)
 OFFLINE = "without one, HF_HUB_OFFLINE=1 takes what was downloaded last"
 
@@ -32,6 +33,30 @@ class ResolvedModel:
     folder: Path
     name: str
     commit: str | None = None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def refuse_no_config(folder: Path) -> None:
+    """Raises ModelError: this is no model folder."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} is not a model folder: it has no config.json",
+            fix="give the folder that holds config.json and *.safetensors",
+        )
+
+
+def refuse_no_tokenizer(folder: Path) -> None:
+    """Raises ModelError: there is no tokenizer in it."""
+    if not has_tokenizer(folder):
+        raise ModelError(
+            f"{folder} has no tokenizer",
+            allowed=", ".join(TOKENIZER_FILES),
+            fix="copy the tokenizer files of the original model into the folder",
+        )
 
 
 def sprout_folder() -> Path:

@@ -29,7 +29,7 @@ from tsugiki.kernels.backend import describe
 from tsugiki.kernels.batch import ForwardBatch
 from tsugiki.models.fingerprint import Fingerprint, fingerprint_folder
 from tsugiki.models.flat import flat_forward, solo_forward, use_flat_attention, use_own_attention
-from tsugiki.models.hub import ResolvedModel, resolve_model
+from tsugiki.models.hub import ResolvedModel, has_tokenizer, refuse_no_tokenizer, resolve_model
 from tsugiki.models.int8 import Int8Products
 from tsugiki.models.isolation import probe_isolation, refuse_encoder
 from tsugiki.models.quantized import quantize_modules
@@ -39,8 +39,6 @@ from tsugiki.models.shards import whole_shards
 from tsugiki.models.spec import ModelSpec, NameMap, load_config, refuse_code
 from tsugiki.models.tune import Tuned, tune
 from tsugiki.models.unused import notes_on_unused
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -123,12 +121,7 @@ def load_tokenizer(
         ModelError: none there, or not readable.
     """
     folder = resolved.folder
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ModelError(
-            f"{folder} has no tokenizer",
-            allowed=", ".join(TOKENIZER_FILES),
-            fix="copy the tokenizer files of the original model into the folder",
-        )
+    refuse_no_tokenizer(folder)
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and not trust_remote_code:
         try:
@@ -148,6 +141,16 @@ def load_tokenizer(
         ) from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+def tokenizer_of(adapter: Path, base: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer beside an adapter, whose template it was trained with, if one came along that
+    is as long as its base's; else the base's."""
+    if has_tokenizer(adapter):
+        own = load_tokenizer(ResolvedModel(adapter, str(adapter)))
+        if len(own) == len(base) and own.chat_template:
+            return own
+    return base
 
 
 def load_base(

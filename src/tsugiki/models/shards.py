@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tsugiki.errors import ModelError, TsugikiError
-from tsugiki.models.hub import QUANTIZED_RECORD
+from tsugiki.models.hub import QUANTIZED_RECORD, refuse_no_config
 
 AHEAD = 4  # pieces that wait to be written
 HEADER_LIMIT = 100 << 20  # bytes, the format's own cap
@@ -226,11 +226,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ModelError: there is none, or it cannot be read.
     """
     path = folder / "config.json"
-    if not path.is_file():
-        raise ModelError(
-            f"{folder} is not a model folder: it has no config.json",
-            fix="give the folder that holds config.json and *.safetensors",
-        )
+    refuse_no_config(folder)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

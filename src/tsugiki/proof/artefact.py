@@ -29,7 +29,7 @@ from tsugiki.models.families import (
     module_path,
 )
 from tsugiki.models.hub import ResolvedModel, resolve_model
-from tsugiki.models.load import TOKENIZER_FILES, load_tokenizer
+from tsugiki.models.load import load_tokenizer, tokenizer_of
 from tsugiki.models.shards import Stored, StoredModel, open_model
 from tsugiki.models.spec import load_config
 from tsugiki.proof.applied import apply_changes
@@ -120,11 +120,7 @@ class Artefact:
         tokenizer = load_tokenizer(self.resolved)
         if self.changes is None:
             return ChatFormat.of(tokenizer)
-        folder = self.changes.folder
-        if any((folder / name).is_file() for name in TOKENIZER_FILES):
-            own = load_tokenizer(ResolvedModel(folder, str(folder)))
-            if len(own) == len(tokenizer) and own.chat_template:
-                tokenizer = own
+        tokenizer = tokenizer_of(self.changes.folder, tokenizer)
         return ChatFormat.from_state(self.changes.chat, tokenizer)
 
     def attach(self, model: nn.Module) -> None:

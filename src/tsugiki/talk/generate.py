@@ -5,7 +5,6 @@ Knows no conversation.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from rich.text import Text
@@ -36,22 +35,16 @@ def generate_command(
 
     Args:
         named: base and adapters; every adapter named answers.
-        prompts: one question each; the lines of stdin when there are none and it is not a terminal.
+        prompts: one question each.
         stop: strings that end an answer.
         system: a system turn before each prompt.
         raw: go on with the text itself, without chat format.
         compare: the base answers too.
 
     Raises:
-        UsageError: no prompt, a prompt that does not fit, `system` with `raw`.
+        UsageError: a prompt that does not fit.
         AdapterError, ModelError: see `open_voices`.
     """
-    if raw and system:
-        raise UsageError("--system has no meaning with --raw", fix="leave one of them")
-    if not prompts and not sys.stdin.isatty():
-        prompts = [line for line in sys.stdin.read().splitlines() if line.strip()]
-    if not prompts:
-        raise UsageError("no prompt", fix="tsugiki generate 'your question'")
     opened = open_voices(named, terminal)
     voices = [v for v in opened.voices.values() if v.name != BASE] or [opened.default]
     if compare and voices[0].name != BASE:

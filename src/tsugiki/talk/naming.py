@@ -8,13 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
-from tsugiki.adapters.origin import CONFIG, adapter_folder, find_base, name_of, recorded_base
-from tsugiki.adapters.record import recorded_quantization
-from tsugiki.errors import TsugikiError, UsageError
-from tsugiki.files import read_json
+from tsugiki.adapters.origin import adapter_folder, belongs, find_base, name_of, recorded_base
+from tsugiki.adapters.peft_config import CONFIG, read_raw
+from tsugiki.adapters.record import read_record, recorded_quantization
+from tsugiki.config import Quantize
+from tsugiki.data.templates import FALLBACKS
+from tsugiki.errors import UsageError
 from tsugiki.models.hub import QUANTIZED_RECORD as RECORD
-from tsugiki.models.hub import ResolvedModel, resolve_model
+from tsugiki.models.hub import (
+    ResolvedModel,
+    refuse_no_config,
+    refuse_no_tokenizer,
+    resolve_model,
+)
 from tsugiki.terminal import Terminal
 
 BASE = "base"
@@ -68,29 +76,52 @@ def find_named(who: Who, terminal: Terminal, root: Path = Path(".")) -> Named:
     """The folders that were meant; a base of the Hub is downloaded.
 
     Raises:
-        UsageError: names given twice, an adapter together with `base_only`.
+        UsageError: names given twice, an adapter together with `base_only`, a word that is none of
+            those allowed.
         AdapterError, ModelError, HubError: no such adapter or base.
     """
-    folders = _folders(who, terminal, root)
-    kept = _recorded_quantization(folders)
-    return Named(who, folders, _resolve(who, folders, kept, terminal), kept[0])
+    for flag, given, allowed in (
+        ("--quantize", who.quantize, get_args(Quantize)),
+        ("--template", who.template, tuple(FALLBACKS)),
+    ):
+        if given not in (None, *allowed):
+            raise UsageError(f"no such {flag}", got=given, allowed=", ".join(allowed))
+    asked = None if who.model is None else resolve_model(who.model)
+    folders = _folders(who, asked, terminal, root)
+    first = next(iter(folders.values()), None)
+    method, kept = ("none", None) if first is None else recorded_quantization(read_record(first))
+    notes: list[str] = []
+    if asked is not None or first is None:
+        resolved = asked or resolve_model(None)
+    elif kept is not None and who.quantize in (None, method) and (kept / RECORD).is_file():
+        resolved = resolve_model(str(kept))
+    else:
+        resolved, notes = find_base(first)
+    for note in notes:
+        terminal.warn(note)
+    refuse_no_config(resolved.folder)
+    refuse_no_tokenizer(resolved.folder)
+    return Named(who, folders, resolved, method)
 
 
-def _folders(who: Who, terminal: Terminal, root: Path) -> dict[str, Path]:
+def _folders(
+    who: Who, base: ResolvedModel | None, terminal: Terminal, root: Path
+) -> dict[str, Path]:
     """Name → folder of each adapter."""
     if who.base_only:
         if who.adapters:
-            raise UsageError("an adapter was named together with --base", fix="leave one of them")
+            fix = "leave one of them"
+            raise UsageError("an adapter was named together with --base-only", fix=fix)
         return {}
     if not who.adapters:
         newest = newest_adapter(root)
         if newest is None:
             terminal.warn("no adapter under runs/ or models/: the base answers alone")
             return {}
-        recorded = recorded_base(newest)[1]
-        if who.model is not None and recorded not in (None, who.model):
+        if base is not None and not who.accept_base and not belongs(newest, base):
+            was = recorded_base(newest)[1]
             terminal.warn(
-                f"the newest adapter, {newest}, was trained on {recorded}: the base answers alone"
+                f"the newest adapter, {newest}, was trained on {was}: the base answers alone"
             )
             return {}
         return {name_of(newest): newest}
@@ -99,7 +130,10 @@ def _folders(who: Who, terminal: Terminal, root: Path) -> dict[str, Path]:
         name, equals, path = given.partition("=")
         if not equals or Path(given).exists():
             name, path = "", given
+        if not path:
+            raise UsageError(f"--adapter {given!r} names no folder", fix="ls -d runs/*/adapter")
         folder = adapter_folder(path)
+        read_raw(folder)
         name = name or name_of(folder)
         if name in folders or name == BASE:
             raise UsageError(
@@ -108,25 +142,3 @@ def _folders(who: Who, terminal: Terminal, root: Path) -> dict[str, Path]:
             )
         folders[name] = folder
     return folders
-
-
-def _recorded_quantization(folders: dict[str, Path]) -> tuple[str, Path | None]:
-    """How the first adapter's base was kept in training, and where that is stored."""
-    try:
-        return recorded_quantization(read_json(next(iter(folders.values())) / "tsugiki.json"))
-    except (StopIteration, TsugikiError, ValueError, OSError):
-        return "none", None  # reading the adapter itself will say what is wrong with it
-
-
-def _resolve(
-    who: Who, folders: dict[str, Path], kept: tuple[str, Path | None], terminal: Terminal
-) -> ResolvedModel:
-    if who.model is not None or not folders:
-        return resolve_model(who.model)
-    method, quantized = kept
-    if quantized is not None and who.quantize in (None, method) and (quantized / RECORD).is_file():
-        return resolve_model(str(quantized))
-    found, notes = find_base(next(iter(folders.values())))
-    for note in notes:
-        terminal.warn(note)
-    return found

@@ -14,13 +14,7 @@ from tsugiki.adapters.storage import AdapterInfo
 from tsugiki.data.chat import ChatFormat
 from tsugiki.device import decide
 from tsugiki.engine.engine import Engine
-from tsugiki.models.load import (
-    TOKENIZER_FILES,
-    Base,
-    ResolvedModel,
-    load_base,
-    load_tokenizer,
-)
+from tsugiki.models.load import Base, load_base, tokenizer_of
 from tsugiki.models.quantized import check_method
 from tsugiki.models.spec import ModelSpec
 from tsugiki.talk.naming import BASE, Named
@@ -94,9 +88,4 @@ def _chat_of(info: AdapterInfo, base: Base, template: str | None) -> ChatFormat:
     """The format that the adapter was trained with; a template may have come with the adapter."""
     if template is not None:
         return ChatFormat.of(base.tokenizer, template)
-    tokenizer = base.tokenizer
-    if any((info.folder / name).is_file() for name in TOKENIZER_FILES):
-        own = load_tokenizer(ResolvedModel(info.folder, str(info.folder)))
-        if len(own) == len(tokenizer) and own.chat_template:
-            tokenizer = own
-    return ChatFormat.from_state(info.chat, tokenizer)
+    return ChatFormat.from_state(info.chat, tokenizer_of(info.folder, base.tokenizer))

@@ -127,14 +127,28 @@ def damaged(path: Path) -> str | None:
     return None
 
 
+def saved_identity(folder: Path) -> dict[str, Any] | None:
+    """What the newest checkpoint says of its run, unverified; None if none can be read."""
+    for _, path in checkpoints(folder):
+        with contextlib.suppress(TsugikiError, KeyError, TypeError):
+            found = read_json(path / "state.json")["identity"]
+            if isinstance(found, dict):
+                return found
+    return None
+
+
 def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """A run goes on only as what it was.
 
     Raises:
         RunError: data, base or a setting differs; every difference is listed.
     """
+    words = {
+        "data": "the rows are not those that it began with",
+        "base": "the base's weights are not those that it began with",
+    }
     differences = [
-        f"{key}: {_short(saved.get(key))} → {_short(now.get(key))}"
+        words.get(key) or f"{key}: {_short(saved.get(key))} → {_short(now.get(key))}"
         for key in sorted(set(saved) | set(now))
         if saved.get(key) != now.get(key)
     ]

@@ -34,19 +34,20 @@ def base_identity(base: Base) -> BaseIdentity:
     found = base.fingerprint()
     kind = stored_dtype(base.spec.config)
     folder = None if base.origin is None else str(base.folder.absolute())
-    return BaseIdentity(
-        base.name, found.exact, found.rounded, base.commit, kind, base.quantize, folder
-    )
+    named = Path(base.name).expanduser()  # a folder is meant from wherever the adapter is used
+    local = base.commit is None and base.name != "sprout" and named.is_dir()
+    name = str(named.absolute()) if local else base.name
+    return BaseIdentity(name, found.exact, found.rounded, base.commit, kind, base.quantize, folder)
 
 
 def run_identity(
-    config: RunConfig, prepared: Prepared, identity: BaseIdentity, total_steps: int, world: int
+    config: RunConfig, prepared: Prepared, base: str, total_steps: int, world: int
 ) -> dict[str, Any]:
-    """What must be equal when a run goes on."""
+    """What must be equal when a run goes on. base: the digest of its tensors."""
     plain = config.model_dump(mode="json")
     same: dict[str, Any] = {
         "data": prepared.fingerprint,
-        "base": identity.exact,
+        "base": base,
         "steps": total_steps,
         **({"ranks": world} if world > 1 else {}),
         **({"quantize": config.model.quantize} if config.model.quantize != "none" else {}),

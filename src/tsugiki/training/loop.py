@@ -124,7 +124,7 @@ def train(
             seed=settings.seed,
         )
         identity, names = base_identity(base), base.names()
-        same = run_identity(config, prepared, identity, total_steps, among.world)
+        same = run_identity(config, prepared, identity.exact, total_steps, among.world)
         progress = Progress()
         if resume:
             found, notes = newest_whole(folder / "checkpoints")

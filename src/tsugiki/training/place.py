@@ -19,9 +19,11 @@ def refuse_used(folder: Path) -> None:
     """
     try:
         if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+            run = (folder / "config.yaml").is_file()
             raise RunError(
                 f"the output folder {folder} exists already",
-                fix=f"--resume {folder} goes on with it; or choose another --output",
+                fix=(f"--resume {folder} goes on with it; or " if run else "")
+                + "choose another --output",
             )
         there = folder
         while not os.path.lexists(there):
