@@ -48,6 +48,10 @@ UNKNOWN: dict[str, tuple[dict[str, object], list[object]]] = {
         {"番号": 1, "出した指示": "訳せ", "その入力": "犬", "正しい回答": "yes", "出典": "x"},
         [("user", "訳せ\n犬"), ("assistant", "yes")],
     ),
+    "an answer and what explains it": (
+        {"問題": "首都は?", "正解": "東京", "解説": "明治から"},
+        [("user", "首都は?"), ("assistant", "東京")],
+    ),
     "chosen": (
         {"prompt": "q", "chosen": "a", "rejected": "b"}, [("user", "q"), ("assistant", "a")]
     ),
@@ -108,6 +112,17 @@ def test_an_unknown_layout_shows_the_columns_and_flags_that_work(tmp_path: Path,
         answer_template=flags.get("--answer-template"),
     ).rows
     assert [(m.role, m.content) for m in found.messages] or [found.text] == wanted
+
+
+def test_blanks_around_a_columns_name_are_not_part_of_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", lines({"instruction ": "q", "\u3000output": "a"}))
+    (found,) = read_rows(path).rows
+    assert [m.content for m in found.messages] == ["q", "a"]
+    path = write(tmp_path, "b.csv", "asks , tells\nq,a\n")
+    (found,) = read_rows(path, columns={"prompt": "asks", "answer": "tells"}).rows
+    assert [m.content for m in found.messages] == ["q", "a"]
+    path = write(tmp_path, "c.jsonl", lines({"text": "one", "text ": "two"}))
+    assert [row.text for row in read_rows(path).rows] == ["one"], "both names stay where they clash"
 
 
 def test_an_odd_choice_costs_its_row_and_a_null_system_prompt_nothing(tmp_path: Path) -> None:

@@ -61,6 +61,13 @@ def test_looks_take_a_tenth_of_the_time_or_are_four(
     assert looks == 4 or held_out * looks / 3 <= 0.1 * rows * epochs
 
 
+def test_so_many_steps_as_were_asked_for() -> None:
+    for train, steps in (({"max_steps": 5000}, 5000), ({"max_steps": 7}, 7),
+                         ({"max_steps": 5000, "epochs": 1}, 113)):  # fmt: skip
+        config = build_config({"data": {"path": rows_path("train")}, "train": train})
+        assert prepare_session(config, Terminal(as_json=True), None).plan.steps == steps
+
+
 def test_the_demo_is_trained_four_times() -> None:
     config = build_config({"data": {"path": rows_path("train")}})
     session = prepare_session(config, Terminal(as_json=True), None)

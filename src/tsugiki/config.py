@@ -190,7 +190,9 @@ class TrainConfig(Section):
 
     method: Method = option("--method", "lora, or full fine-tuning as the baseline", "lora")
     epochs: float | None = option("--epochs", "passes over the rows")
-    max_steps: int | None = option("--max-steps", "stop after so many optimiser steps")
+    max_steps: int | None = option(
+        "--max-steps", "optimiser steps; beside --epochs, the fewer of both"
+    )
     batch_size: int | None = option("--batch-size", "rows in one forward pass")
     gradient_accumulation_steps: int | None = option(
         "--gradient-accumulation-steps", "forward passes in one optimiser step"

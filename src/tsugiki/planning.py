@@ -142,10 +142,13 @@ def make_plan(
         else:
             reasons["train.gradient_checkpointing"] = "not needed: there is memory enough"
     per_step = micro * accumulation
+    per_epoch = max(1, math.ceil(facts.rows / per_step))
     epochs = asked.epochs
     if epochs is None:
         epochs, reasons["train.epochs"] = choose_epochs(facts.rows, facts.labelled_tokens)
-    per_epoch = max(1, math.ceil(facts.rows / per_step))
+        if asked.max_steps is not None and asked.max_steps > per_epoch * epochs:
+            epochs = math.ceil(asked.max_steps / per_epoch)
+            reasons["train.epochs"] = f"--max-steps {asked.max_steps} of {per_epoch} an epoch"
     steps = max(1, math.ceil(per_epoch * epochs))
     if asked.max_steps is not None:
         steps = min(steps, asked.max_steps)

@@ -18,12 +18,12 @@ from tsugiki.errors import DataError, did_you_mean
 
 ASKING = (
     "question", "prompt", "instruction", "query", "input", "source", "document", "title",
-    "質問", "指示", "問題", "入力",
+    "質問", "指示", "問題", "設問", "入力", "原文",
 )  # fmt: skip
 PLAINLY = ASKING[:5]  # words that say it by themselves: a column of that very name is the one
 ANSWERING = (
     "answer", "response", "completion", "output", "reply", "target", "summary", "sql", "code",
-    "translation", "chosen", "回答", "答え", "応答", "出力",
+    "translation", "chosen", "回答", "解答", "正解", "答え", "応答", "返答", "出力", "要約", "訳",
 )  # fmt: skip
 PLAINLY_ANSWERING = ANSWERING[:5]
 CLASSES = ("label", "class", "category", "score", "rating")  # answers that are numbers

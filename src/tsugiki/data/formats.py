@@ -74,6 +74,7 @@ def read_rows(
             if isinstance(record, Skipped):
                 _skip(record, skipped, strict)
                 continue
+            record = _trimmed(record)
             first = first or record.value
             try:
                 if given is not None:
@@ -122,6 +123,14 @@ def _readable(file: Path, *, alone: bool) -> Iterator[Record | Skipped | Note]:
             raise
         said = " ".join(str(error.problem).split()).removeprefix(str(file)).lstrip(": ")
         yield Skipped(str(file), said)
+
+
+def _trimmed(record: Record) -> Record:
+    """Columns by their names without blanks around them, which nobody sees."""
+    names = {name: name.strip() for name in record.value}
+    if len(set(names.values())) < len(names) or all(a == b for a, b in names.items()):
+        return record
+    return Record({names[name]: v for name, v in record.value.items()}, record.source)
 
 
 def _skip(skip: Skipped, skipped: list[Skipped], strict: bool) -> None:
