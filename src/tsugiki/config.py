@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -45,6 +47,28 @@ Columns = Annotated[dict[str, str], BeforeValidator(spellings.columns)]
 Day = Annotated[datetime.date | None, BeforeValidator(spellings.day)]
 Targets = Annotated[str | tuple[str, ...], BeforeValidator(spellings.names)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(spellings.texts)]
+
+
+def _holds(rule: Callable[[Any], bool], said: str) -> AfterValidator:
+    def check(value: Any) -> Any:
+        if not rule(value):
+            raise ValueError(said)
+        return value
+
+    return AfterValidator(check)
+
+
+Share = Annotated[float, _holds(lambda x: 0 <= x < 1, "must be at least 0 and below 1")]
+Positive = Annotated[
+    float, _holds(lambda x: math.isfinite(x) and x > 0, "must be a finite number above 0")
+]
+NotNegative = Annotated[
+    float, _holds(lambda x: math.isfinite(x) and x >= 0, "must be a finite number, at least 0")
+]
+Count = Annotated[int, _holds(lambda x: x >= 1, "must be at least 1")]
+Tokens = Annotated[int, _holds(lambda x: x >= 2, "must be at least 2 tokens")]
+Seed = Annotated[int, _holds(lambda x: 0 <= x < 1 << 63, "must be at least 0 and below 2^63")]
+Size = Annotated[str, _holds(lambda x: parse_bytes(x) >= 0, "must be a size")]
 
 
 def option(flag: str, text: str, default: Any = None) -> Any:
@@ -95,7 +119,7 @@ class DataConfig(Section):
 
     path: Path | None = option("--data", "file or folder: JSONL, JSON, CSV, TSV, Parquet, text")
     eval_data: Path | None = option("--eval-data", "held-out rows in a file of their own")
-    eval_ratio: float | None = option(
+    eval_ratio: Share | None = option(
         "--eval-ratio", "share of rows held out (0 for none); default 0.1, at most 200 rows"
     )
     columns: Columns = option(
@@ -119,60 +143,25 @@ class DataConfig(Section):
     train_on: TrainOn = option(
         "--train-on", "assistant: every answer; last: the last one; everything", "assistant"
     )
-    max_length: int | None = option("--max-length", "longest example in tokens")
+    max_length: Tokens | None = option("--max-length", "longest example in tokens")
     long: Long | None = option(
         "--long", "longer rows: skip, window (drop the oldest context), split (raw text)"
     )
     strict: bool = option("--strict", "stop at the first row that would be skipped", False)
 
-    @field_validator("eval_ratio")
-    @classmethod
-    def _ratio(cls, value: float | None) -> float | None:
-        if value is not None and not 0 <= value < 1:
-            raise ValueError("must be at least 0 and below 1")
-        return value
-
-    @field_validator("max_length")
-    @classmethod
-    def _length(cls, value: int | None) -> int | None:
-        if value is not None and value < 2:
-            raise ValueError("must be at least 2 tokens")
-        return value
-
 
 class LoraConfig(Section):
     """The adapter: rank, scale, which projections (Hu et al. 2021, arXiv:2106.09685)."""
 
-    r: int = option("--lora-r", "rank of the adapter", 16)
-    alpha: float | None = option("--lora-alpha", "scale is alpha / r; default 2·r")
-    dropout: float = option("--lora-dropout", "dropout on the adapter's input", 0.0)
+    r: Count = option("--lora-r", "rank of the adapter", 16)
+    alpha: Positive | None = option("--lora-alpha", "scale is alpha / r; default 2·r")
+    dropout: Share = option("--lora-dropout", "dropout on the adapter's input", 0.0)
     targets: Targets = option(
         "--targets",
         "minimal (q,v), standard (q,k,v,o), maximal, all-linear, or names",
         "all-linear",
     )
     rslora: bool = option("--rslora", "scale by alpha / sqrt(r) (arXiv:2312.03732)", False)
-
-    @field_validator("r")
-    @classmethod
-    def _rank(cls, value: int) -> int:
-        if value < 1:
-            raise ValueError("must be at least 1")
-        return value
-
-    @field_validator("alpha")
-    @classmethod
-    def _alpha(cls, value: float | None) -> float | None:
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError("must be a number above 0")
-        return value
-
-    @field_validator("dropout")
-    @classmethod
-    def _dropout(cls, value: float) -> float:
-        if not 0 <= value < 1:
-            raise ValueError("must be at least 0 and below 1")
-        return value
 
     @property
     def resolved_alpha(self) -> float:
@@ -189,19 +178,21 @@ class TrainConfig(Section):
     """The run: method, steps, rate, what is saved and logged."""
 
     method: Method = option("--method", "lora, or full fine-tuning as the baseline", "lora")
-    epochs: float | None = option("--epochs", "passes over the rows")
-    max_steps: int | None = option(
+    epochs: Positive | None = option("--epochs", "passes over the rows")
+    max_steps: Count | None = option(
         "--max-steps", "optimiser steps; beside --epochs, the fewer of both"
     )
-    batch_size: int | None = option("--batch-size", "rows in one forward pass")
-    gradient_accumulation_steps: int | None = option(
+    batch_size: Count | None = option("--batch-size", "rows in one forward pass")
+    gradient_accumulation_steps: Count | None = option(
         "--gradient-accumulation-steps", "forward passes in one optimiser step"
     )
-    learning_rate: float | None = option("--learning-rate", "peak learning rate")
-    warmup_ratio: float | None = option("--warmup-ratio", "share of steps in which the rate rises")
-    weight_decay: float | None = option("--weight-decay", "AdamW's decoupled weight decay")
+    learning_rate: Positive | None = option("--learning-rate", "peak learning rate")
+    warmup_ratio: Share | None = option("--warmup-ratio", "share of steps in which the rate rises")
+    weight_decay: NotNegative | None = option("--weight-decay", "AdamW's decoupled weight decay")
     scheduler: Scheduler | None = option("--scheduler", "cosine, linear or constant after warm-up")
-    max_grad_norm: float = option("--max-grad-norm", "clip the global gradient norm (0: off)", 1.0)
+    max_grad_norm: NotNegative = option(
+        "--max-grad-norm", "clip the global gradient norm (0: off)", 1.0
+    )
     optimizer: Optimizer = option(
         "--optimizer",
         "adamw, adamw_8bit or paged_adamw_8bit (the last two need CUDA; elsewhere: adamw)",
@@ -212,14 +203,14 @@ class TrainConfig(Section):
         "compute each layer twice to save memory: auto (where memory needs it), always, never",
         "auto",
     )
-    max_memory: str | None = option(
+    max_memory: Size | None = option(
         "--max-memory", "most memory the run may take, such as 8GB or 6GiB; default: what is free"
     )
-    seed: int = option("--seed", "seed of shuffling, dropout and initial weights", 0)
-    save_every: int | None = option("--save-every", "steps between checkpoints")
-    log_every: int | None = option("--log-every", "steps between log lines")
-    eval_every: int | None = option("--eval-every", "steps between held-out losses")
-    early_stopping: int | None = option(
+    seed: Seed = option("--seed", "seed of shuffling, dropout and initial weights", 0)
+    save_every: Count | None = option("--save-every", "steps between checkpoints")
+    log_every: Count | None = option("--log-every", "steps between log lines")
+    eval_every: Count | None = option("--eval-every", "steps between held-out losses")
+    early_stopping: Count | None = option(
         "--early-stopping", "stop after so many held-out losses without a new best"
     )
     sample_prompt: Texts = option(
@@ -228,56 +219,6 @@ class TrainConfig(Section):
     show_grad_norms: bool = option(
         "--show-grad-norms", "gradient norm of every LoRA tensor in the log", False
     )
-
-    @field_validator("max_memory")
-    @classmethod
-    def _max_memory(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_bytes(value)
-        return value
-
-    @field_validator("seed")
-    @classmethod
-    def _seed(cls, value: int) -> int:
-        if not 0 <= value < 1 << 63:
-            raise ValueError("must be at least 0 and below 2^63")
-        return value
-
-    @field_validator("learning_rate", "epochs")
-    @classmethod
-    def _positive(cls, value: float | None) -> float | None:
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError("must be a finite number above 0")
-        return value
-
-    @field_validator("weight_decay", "max_grad_norm")
-    @classmethod
-    def _not_negative(cls, value: float | None) -> float | None:
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ValueError("must be a finite number, at least 0")
-        return value
-
-    @field_validator("warmup_ratio")
-    @classmethod
-    def _warmup(cls, value: float | None) -> float | None:
-        if value is not None and not 0 <= value < 1:
-            raise ValueError("must be at least 0 and below 1")
-        return value
-
-    @field_validator(
-        "max_steps",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "save_every",
-        "log_every",
-        "eval_every",
-        "early_stopping",
-    )
-    @classmethod
-    def _at_least_one(cls, value: int | None) -> int | None:
-        if value is not None and value < 1:
-            raise ValueError("must be at least 1")
-        return value
 
 
 class RunConfig(Section):
