@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 
 from tsugiki.adapters.targets import resolve_targets
@@ -57,11 +57,8 @@ def fit_to_memory(
     tried = config.model_copy(update={"train": train})
 
     def fits(length: int, share: float) -> bool:
-        tokens = min(facts.tokens, facts.rows * length)
-        labelled = min(facts.labelled_tokens, tokens)
-        shorter = replace(facts, longest=length, tokens=tokens, labelled_tokens=labelled)
         rows = config.train.batch_size or 1
-        need = predict_memory(spec, tried, shorter, decisions, rows, trainable)
+        need = predict_memory(spec, tried, facts.cut(length), decisions, rows, trainable)
         return sum(need.values()) <= share * limit
 
     share = SHARE if fits(SHORTEST, SHARE) else 1
@@ -81,7 +78,7 @@ def facts_of(prepared: Prepared) -> Facts:
     examples = prepared.train
     return Facts(
         rows=len(examples),
-        labelled_tokens=sum(sum(label != -100 for label in e.labels) for e in examples),
+        labelled_tokens=sum(e.labelled for e in examples),
         tokens=sum(len(e.ids) for e in examples),
         longest=max(len(e.ids) for e in (*examples, *prepared.held_out)),
         held_out=len(prepared.held_out),
@@ -128,4 +125,4 @@ def count_trainable(config: RunConfig, spec: ModelSpec) -> int:
     if config.train.method == "full":
         return spec.parameters
     targets = resolve_targets(spec.meta_model(), config.lora.targets)
-    return sum(config.lora.r * (t.in_features + t.out_features) for t in targets)
+    return sum(target.count(config.lora.r) for target in targets)

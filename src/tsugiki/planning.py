@@ -47,6 +47,12 @@ class Facts:
     longest: int
     held_out: int
 
+    def cut(self, longest: int) -> Facts:
+        """At most what these become where no row is longer than so many tokens."""
+        tokens = min(self.tokens, self.rows * longest)
+        labelled = min(self.labelled_tokens, tokens)
+        return replace(self, longest=longest, tokens=tokens, labelled_tokens=labelled)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -321,10 +327,7 @@ def ways_out(
         way(flags, "train", {"batch_size": 1})
     if facts.longest > 256:
         half = facts.longest // 2
-        tokens = min(facts.tokens, facts.rows * half)
-        labelled = min(facts.labelled_tokens, tokens)
-        shorter = replace(facts, longest=half, tokens=tokens, labelled_tokens=labelled)
-        way(f"--max-length {half}", "data", {"max_length": half}, facts=shorter)
+        way(f"--max-length {half}", "data", {"max_length": half}, facts=facts.cut(half))
 
     def need(changed: RunConfig, seen: Facts, count: int) -> int:
         micro = changed.train.batch_size or 1

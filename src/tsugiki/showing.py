@@ -18,7 +18,7 @@ from tsugiki.data.dataset import Prepared
 from tsugiki.data.formats import Rows
 from tsugiki.data.report import counts_table, show
 from tsugiki.files import human_bytes
-from tsugiki.fitting import count_trainable, facts_of
+from tsugiki.fitting import facts_of
 from tsugiki.kernels.backend import describe
 from tsugiki.models.spec import ModelSpec
 from tsugiki.planning import compare_memory, projection_bytes
@@ -70,7 +70,7 @@ def show_plan(session: Session, terminal: Terminal) -> None:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     values = {**_flat("train", config.train), **_flat("lora", config.lora)}
     table.add_row("base", f"{session.resolved.name} ({session.spec.parameters:,} parameters)", "")
-    trainable = count_trainable(config, session.spec)
+    trainable = plan.trainable
     share = (
         100 * trainable / (session.spec.parameters + trainable * (config.train.method == "lora"))
     )
@@ -78,8 +78,9 @@ def show_plan(session: Session, terminal: Terminal) -> None:
         targets = resolve_targets(session.spec.meta_model(), config.lora.targets)
         by_name: dict[str, list[int]] = {}
         for target in targets:
-            size = config.lora.r * (target.in_features + target.out_features)
-            by_name.setdefault(target.path.rsplit(".", 1)[-1], []).append(size)
+            by_name.setdefault(target.path.rsplit(".", 1)[-1], []).append(
+                target.count(config.lora.r)
+            )
         for name, sizes in by_name.items():
             table.add_row(f"  {name}", f"{len(sizes)} × {sizes[0]:,} = {sum(sizes):,}", "")
         for name, reason in _without(session.spec, config.lora.targets):

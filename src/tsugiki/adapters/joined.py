@@ -16,11 +16,11 @@ from tokenizers import Tokenizer
 from tsugiki.adapters.algebra import Changes, Replaced, read_changes
 from tsugiki.adapters.identity import identify
 from tsugiki.adapters.record import BaseIdentity, check_base
-from tsugiki.data.templates import FALLBACKS
+from tsugiki.data.templates import FALLBACKS, with_bos
 from tsugiki.errors import AdapterError, ModelError
 from tsugiki.files import read_json
 from tsugiki.models.families import HEAD, disk_name, embedding_name, is_tied
-from tsugiki.models.shards import StoredModel, open_model
+from tsugiki.models.shards import StoredModel, open_model, stops_of
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,16 @@ class Joined:
         folder = self.base.folder
         template = FALLBACKS.get(str((self.changes.chat or {}).get("format")))
         if template is not None:
-            starts = "true" if _starts_with_bos(folder) else "false"
-            template = f"{{%- set starts_with_bos = {starts} -%}}{template}"
+            template = with_bos(template, _starts_with_bos(folder))
         else:
             template = _template_of(self.changes.folder)
         return None if template == _template_of(folder) else template
 
     def stops(self) -> tuple[list[int], list[int]]:
         """Ids that end an answer: those that the adapter adds, and those that the base says."""
-        path = self.base.folder / "generation_config.json"
-        config = read_json(path) if path.is_file() else {}
-        known = config.get("eos_token_id", None if config else self.base.setting("eos_token_id"))
-        stops = [] if known is None else known if isinstance(known, list) else [known]
+        stops = stops_of(self.base)
         chat = (self.changes.chat if self.changes else None) or {}
-        return [i for i in chat.get("stop_ids", []) if i not in stops], list(stops)
+        return [i for i in chat.get("stop_ids", []) if i not in stops], stops
 
 
 def join(

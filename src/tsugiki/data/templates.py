@@ -52,6 +52,12 @@ ALPACA = _instruction(
 )
 INSTRUCTION_JA = _instruction("", "", "### 指示:\\n", "### 入力:\\n", "### 回答:\\n")
 
+
+def with_bos(template: str, starts: bool) -> str:
+    """A fallback that needs no word from outside on how a text starts, to be stored with a model."""
+    return f"{{%- set starts_with_bos = {'true' if starts else 'false'} -%}}{template}"
+
+
 FALLBACKS = {
     "chatml": CHATML,
     "alpaca": ALPACA,

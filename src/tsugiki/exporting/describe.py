@@ -14,10 +14,9 @@ import yaml
 from gguf.constants import GGML_QUANT_VERSION, GGUFValueType
 
 from tsugiki.adapters.joined import Joined
-from tsugiki.errors import TsugikiError
-from tsugiki.files import read_json
 from tsugiki.formats.gguf_encode import Metadata
 from tsugiki.formats.gguf_settings import sampling_metadata
+from tsugiki.models.shards import read_generation
 
 KINDS = (GGUFValueType.UINT32, GGUFValueType.STRING, GGUFValueType.ARRAY)
 
@@ -26,7 +25,7 @@ def general_metadata(joined: Joined, arch: str, name: str, parameters: int) -> M
     """The keys under `general.`."""
     folder = joined.base.folder
     found: Metadata = {"general.architecture": arch, "general.type": "model"}
-    found |= sampling_metadata(_generation(joined))
+    found |= sampling_metadata(read_generation(joined.base.folder))
     found |= _card(joined, name, parameters)
     found["general.quantization_version"] = int(GGML_QUANT_VERSION)
     found["general.name"] = safe_name(name, _strips_after_tokens(folder))
@@ -76,15 +75,6 @@ def _card(joined: Joined, name: str, parameters: int) -> Metadata:
 
 def _plain(value: Any) -> Any:
     return [str(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _generation(joined: Joined) -> dict[str, Any]:
-    path = joined.base.folder / "generation_config.json"
-    try:
-        found = read_json(path) if path.is_file() else {}
-    except TsugikiError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _strips_after_tokens(folder: Any) -> bool:

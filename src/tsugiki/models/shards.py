@@ -236,6 +236,24 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_generation(folder: Path) -> dict[str, Any]:
+    """A model folder's generation_config.json; empty where there is none, or it cannot be read:
+    it proposes, and a chat format has stops of its own."""
+    try:
+        found = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def stops_of(model: StoredModel) -> list[int]:
+    """Ids that end an answer, as a base's own files say."""
+    said = read_generation(model.folder)
+    known = said.get("eos_token_id", None if said else model.setting("eos_token_id"))
+    listed = known if isinstance(known, list) else [known]
+    return [index for index in listed if isinstance(index, int)]
+
+
 def whole_shards(folder: Path) -> tuple[Shard, ...]:
     """The headers of a model's safetensors files; no tensor is touched.
 

@@ -30,7 +30,7 @@ from tsugiki.models.families import (
 )
 from tsugiki.models.hub import ResolvedModel, resolve_model
 from tsugiki.models.load import load_tokenizer, tokenizer_of
-from tsugiki.models.shards import Stored, StoredModel, open_model
+from tsugiki.models.shards import Stored, StoredModel, open_model, stops_of
 from tsugiki.models.spec import load_config
 from tsugiki.proof.applied import apply_changes
 
@@ -71,10 +71,7 @@ class Artefact:
 
     def stops(self) -> set[int]:
         """Ids that end an answer, as generation takes them."""
-        path = self.stored.folder / "generation_config.json"
-        source = read_json(path) if path.is_file() else self.stored.config
-        known = source.get("eos_token_id")
-        ids = set() if known is None else {known} if isinstance(known, int) else set(known)
+        ids = set(stops_of(self.stored))
         chat = self.changes.chat if self.changes else None
         return ids | set(chat.get("stop_ids", [])) if chat else ids
 

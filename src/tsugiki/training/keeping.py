@@ -14,9 +14,11 @@ from tsugiki.adapters.storage import BaseIdentity, save_adapter, versions
 from tsugiki.config import RunConfig
 from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import Prepared
+from tsugiki.data.templates import with_bos
 from tsugiki.errors import DiskError, NonFiniteError, TsugikiError
-from tsugiki.files import atomic_folder, atomic_write, read_json, write_json
+from tsugiki.files import atomic_folder, atomic_write, write_json
 from tsugiki.models.load import Base
+from tsugiki.models.shards import read_generation
 from tsugiki.models.spec import NameMap, stored_dtype
 from tsugiki.training.checkpoint import as_os_error
 from tsugiki.training.report import write_report
@@ -143,11 +145,10 @@ def keep_state(
 def _keep_format(folder: Path, chat: ChatFormat) -> None:
     """A whole model has no record of ours: its own files say how training rendered and ended."""
     if chat.template is not None:
-        starts = "true" if chat.starts_with_bos else "false"
-        text = f"{{%- set starts_with_bos = {starts} -%}}{chat.template}"
+        text = with_bos(chat.template, chat.starts_with_bos)
         atomic_write(folder / "chat_template.jinja", text)
     path = folder / "generation_config.json"
-    stored = read_json(path) if path.is_file() else {}
+    stored = read_generation(folder)
     known = stored.get("eos_token_id")
     known = known if isinstance(known, list) else [] if known is None else [known]
     write_json(path, stored | {"eos_token_id": [*dict.fromkeys((*chat.stop_ids, *known))]})
