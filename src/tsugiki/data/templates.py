@@ -54,7 +54,7 @@ INSTRUCTION_JA = _instruction("", "", "### 指示:\\n", "### 入力:\\n", "### �
 
 
 def with_bos(template: str, starts: bool) -> str:
-    """A fallback that needs no word from outside on how a text starts, to be stored with a model."""
+    """A fallback to be stored with a model: it says itself whether a text starts with a token."""
     return f"{{%- set starts_with_bos = {'true' if starts else 'false'} -%}}{template}"
 
 
