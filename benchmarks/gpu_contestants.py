@@ -195,8 +195,7 @@ def their_nf4(model: nn.Module) -> None:
             module.weight.data.cpu(), requires_grad=False, quant_type="nf4"
         )
         small.bias = module.bias
-        parent, _, last = path.rpartition(".")
-        setattr(model.get_submodule(parent), last, small.to(device))
+        model.set_submodule(path, small.to(device))
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
 
 

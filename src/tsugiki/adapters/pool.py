@@ -103,8 +103,7 @@ class AdapterPool:
             if path not in self._layers:
                 layer = PooledLinear(self.model.get_submodule(path), self.cell)
                 layer.terms = [None] * self._size
-                parent, _, last = path.rpartition(".")
-                setattr(self.model.get_submodule(parent), last, layer)
+                self.model.set_submodule(path, layer)
                 self._layers[path] = layer
         dtype = next(self.model.parameters()).dtype
         for path, layer in self._layers.items():

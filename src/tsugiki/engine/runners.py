@@ -17,7 +17,7 @@ from tsugiki.adapters.pool import AdapterPool
 from tsugiki.engine.scheduler import Work
 from tsugiki.engine.slots import Slots
 from tsugiki.kernels.batch import ForwardBatch
-from tsugiki.models.flat import flat_forward
+from tsugiki.models.flat import flat_forward, use_own_attention
 from tsugiki.models.load import Base
 
 PROBE = (5, 1, 4, 1)  # a fresh prompt, a decode, a chunk behind a past, a decode
@@ -144,7 +144,7 @@ def make_runner(base: Base, pool: AdapterPool | None) -> Runner:
         runner = FlatRunner(base, pool)
         if _slots_agree(base):
             return runner
-        base.model.set_attn_implementation("eager")  # type: ignore[operator]
+        use_own_attention(base.model)
         base.flat = False
         base.notes.append("one request at a time: this base's layers do not each keep their past")
     return SoloRunner(base, pool)

@@ -55,6 +55,5 @@ def checkpoint_layers(model: nn.Module) -> int:
     for path in paths:
         layer = model.get_submodule(path)
         if not isinstance(layer, CheckpointedLayer):
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, CheckpointedLayer(layer))
+            model.set_submodule(path, CheckpointedLayer(layer))
     return len(paths)

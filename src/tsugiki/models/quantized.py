@@ -161,14 +161,8 @@ def quantize_modules(model: nn.Module, method: str) -> list[str]:
             small = quantized(method, module, weight.detach(), workspace, weight.dtype)
         except ModelError as error:
             raise ModelError(f"{path}: {error.problem}") from None
-        put(model, path, small)
+        model.set_submodule(path, small)
     return paths
-
-
-def put(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace the module at a path."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
 
 
 def dense_copy(module: nn.Module) -> nn.Module:
@@ -178,7 +172,7 @@ def dense_copy(module: nn.Module) -> nn.Module:
         if isinstance(child, QuantizedLinear):
             if not path:
                 return _plain(child)
-            put(twin, path, _plain(child))
+            twin.set_submodule(path, _plain(child))
     return twin
 
 

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from tsugiki.errors import ModelError
 from tsugiki.kernels.quantized import Workspace
 from tsugiki.models.hollow import fill, hollow_model
-from tsugiki.models.quantized import put, quantizable, quantized
+from tsugiki.models.quantized import quantizable, quantized
 from tsugiki.models.shards import StoredModel, open_model
 from tsugiki.models.spec import NameMap
 from tsugiki.models.unused import notes_on_unused, unused_tensors
@@ -65,7 +65,7 @@ def load_quantized(
         except ModelError as error:
             raise ModelError(f"{name}: {error.problem}") from None
         small._parameters["bias"] = module._parameters.get("bias")  # hollow, or come before
-        put(model, owner, small)
+        model.set_submodule(owner, small)
 
     with torch.no_grad():
         come: Counter[str] = Counter()

@@ -22,7 +22,7 @@ from tsugiki.models.fingerprint import Fingerprint
 from tsugiki.models.hollow import fill, hollow_model
 from tsugiki.models.hub import QUANTIZED_RECORD
 from tsugiki.models.projections import projection
-from tsugiki.models.quantized import PARTS, QuantizedLinear, put, quantizable
+from tsugiki.models.quantized import PARTS, QuantizedLinear, quantizable
 from tsugiki.models.shards import (
     CODES,
     ShardWriter,
@@ -158,7 +158,7 @@ def load_stored(
             assert shape is not None
             codes = tuple(found.pop(f"{at}.{part}").clone() for part in PARTS[origin.method])
             bias = found.pop(f"{at}.bias", None)
-            put(model, at, QuantizedLinear(
+            model.set_submodule(at, QuantizedLinear(
                 origin.method, shape.kind, codes,
                 None if bias is None else bias.to(dtype, copy=True),
                 (shape.out_features, shape.in_features), dtype, workspace,

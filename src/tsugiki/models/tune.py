@@ -114,8 +114,7 @@ def untune(model: nn.Module) -> None:
             original = faster.original[0]
             original._modules.update(faster._modules)
             original.training = faster.training
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, original)
+            model.set_submodule(path, original)
 
 
 @dataclass
@@ -293,8 +292,7 @@ def _try_kind(
         else:
             for path in paths:
                 module, builds = members[path]
-                parent, _, last = path.rpartition(".")
-                setattr(model.get_submodule(parent), last, builds[way](module))
+                model.set_submodule(path, builds[way](module))
             tuned.replaced[kind] = tuned.replaced.get(kind, 0) + len(paths)
             return
     tuned.kept.append(f"{len(members)} {name}: {reason}")

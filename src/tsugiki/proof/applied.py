@@ -88,5 +88,4 @@ def apply_changes(model: nn.Module, changes: Iterable[Change]) -> None:
         else:
             magnitude = None if change.magnitude is None else change.magnitude.float()
             new = AppliedLinear(base, a, b, change.scale, magnitude)
-        parent, _, name = change.path.rpartition(".")
-        setattr(model.get_submodule(parent) if parent else model, name, new)
+        model.set_submodule(change.path, new)
