@@ -111,10 +111,16 @@ def given_templates(
             fix="--columns text=story",
         )
     if "text" not in templates and not {"prompt", "answer"} <= templates.keys():
+        half = {"prompt": "question", "answer": "answer"}
+        lacking = [
+            f"--{role}-template '{{{half[role]}}}'" for role in half if role not in templates
+        ]
         raise DataError(
             "columns or templates must name both the prompt and the answer",
-            got=f"prompt {templates.get('prompt')!r}, answer {templates.get('answer')!r}",
-            fix="--columns prompt=question,answer=answer",
+            got=", ".join(f"{role} {templates.get(role)!r}" for role in half),
+            fix=f"{lacking[0]} too, with the rows' own columns"
+            if len(lacking) == 1 and (prompt or answer)
+            else "--columns prompt=question,answer=answer",
         )
     for role, template in templates.items():
         if not FIELD.search(template) and (role == "answer" or set("{}") & set(template)):
