@@ -31,6 +31,13 @@ PASSED: set[str] = set()
 FAILED: set[str] = set()
 
 
+@pytest.fixture(autouse=True)
+def _small_numbers() -> Iterator[None]:
+    """A run takes numbers below 1e-38 for zero, and so would every test after it."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data beside the project; tests that need it are skipped without."""

@@ -155,6 +155,8 @@ BAD = {
     "raw": (["generate", "hi", "--raw", "--system", "x"], "--system has no meaning with --raw"),
     "few bits": (["generate", "hi", "--quantize", "nf5"], "none, nf4, int8"),
     "format": (["generate", "hi", "--template", "foo"], "chatml, alpaca"),
+    "adapter first": (["generate", "hi", "--model", "nobody/none", "--adapter", "x"], "no adapter"),
+    "sampling": (["generate", "hi", "--model", "nobody/none", "--temperature", "-5"], "no sense"),
     "no name": (["generate", "hi", "--adapter", "one="], "names no folder"),
     "full": (["train", "rows.jsonl", "--method", "full", "--quantize", "nf4"], "few bits cannot"),
     "no tokenizer": (["data", "show", "rows.jsonl", "--model", "bare"], "bare has no tokenizer"),

@@ -18,6 +18,7 @@ import torch
 from engine_tiny import byte_tokenizer, tiny_model
 
 from tsugiki.adapters.attach import attach, detach, lora_modules
+from tsugiki.adapters.origin import belongs
 from tsugiki.adapters.storage import BaseIdentity, save_adapter
 from tsugiki.config import LoraConfig
 from tsugiki.data.chat import ChatFormat
@@ -26,6 +27,7 @@ from tsugiki.engine.engine import Engine, Request
 from tsugiki.engine.sampling import Sampling
 from tsugiki.errors import AdapterError, UsageError
 from tsugiki.models.load import ResolvedModel, load_base
+from tsugiki.quantizing import quantize_base
 from tsugiki.talk.answering import harmless
 from tsugiki.talk.chat import chat_command
 from tsugiki.talk.generate import generate_command
@@ -149,6 +151,34 @@ def test_a_base_that_moved_is_found(
     shutil.rmtree(tmp_path / "moved")
     with pytest.raises(AdapterError, match="which is not there"):
         find_named(Who(), Terminal(), tmp_path)
+
+
+def test_a_project_that_moved_and_what_lies_beside_its_base(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bases lie in folders of folders; a copy in few bits and a model of another shape do too."""
+    models = tmp_path / "models" / "org"
+    shutil.copytree(home / "runs", tmp_path / "runs")
+    shutil.copytree(home / "model", models / "base")
+    quantize_base(str(models / "base"), tmp_path / "a-nf4", "nf4", "float32")
+    tiny_model("gpt2").save_pretrained(tmp_path / "b-other")  # type: ignore[operator]
+    adapter = tmp_path / "runs" / "second" / "adapter"
+    record = adapter / "tsugiki.json"
+    text = record.read_text()
+    for was in ("/gone/models/org/base", "models/org/base", str(tmp_path / "nowhere")):
+        record.write_text(text.replace(str(home / "model"), was))
+        if "org" not in was:
+            (models / "base").rename(tmp_path / "c-base")
+        capsys.readouterr()
+        named = find_named(Who(), Terminal(), tmp_path)
+        assert named.resolved.folder == tmp_path / ("models/org/base" if "org" in was else "c-base")
+    few = ResolvedModel(tmp_path / "a-nf4", "few")
+    assert belongs(adapter, few), "an adapter of the base may be laid over it in few bits"
+    assert not belongs(adapter, ResolvedModel(tmp_path / "b-other", "other"))
+    record.write_text("{")
+    named = find_named(Who(str(tmp_path / "c-base")), Terminal(), tmp_path)
+    assert named.folders == {}
+    assert "cannot be read" in capsys.readouterr().err
 
 
 def test_prompts_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,8 +224,9 @@ def test_a_run_finds_its_base_where_it_moved(
         config = resumed_config(run, {}, [], Terminal())
         assert config.model.name == str(moved)
         assert "found by its fingerprint" in capsys.readouterr().err
+        (run / "adapter" / "adapter_config.json").rename(run / "hidden")  # as a full run has none
         with pytest.raises(UsageError, match="the base of this run is not at"):
-            resumed_config(run, {"model": {"name": str(base)}}, [], Terminal())
+            resumed_config(run, {}, [], Terminal())
     finally:
         moved.rename(base)
 

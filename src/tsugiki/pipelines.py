@@ -34,6 +34,7 @@ from tsugiki.models.load import (
     load_tokenizer,
     origin_of,
 )
+from tsugiki.models.shards import whole_shards
 from tsugiki.models.spec import ModelSpec
 from tsugiki.planning import (
     Plan,
@@ -133,6 +134,8 @@ def _refuse_another(session: Session, run: Path) -> None:
         return
     folder, spec, plan = session.resolved.folder, session.spec, session.plan
     origin = origin_of(folder, None)
+    if origin is None:
+        whole_shards(folder)
     prints = origin.fingerprint if origin else fingerprint_folder(folder, spec.meta_model())
     ranks = saved.get("ranks", 1)  # known where they run
     now = run_identity(plan.config, session.prepared, prints.exact, plan.steps, ranks)

@@ -60,13 +60,13 @@ def _with_base(
     name = config.model.name
     if name is None or not Path(name).is_absolute() or Path(name).is_dir():
         return config
-    if "name" in typed.get("model", {}) or not is_adapter(run):
+    if "name" in typed.get("model", {}):
+        return config
+    if not is_adapter(run):
         raise UsageError(
             f"the base of this run is not at {name} any more", fix=f"{again} --model WHERE_IT_IS"
         )
     base, notes = find_base(run / "adapter")
-    for note in notes:
+    for note in notes or [f"{name} is not there any more: going on with {base.name}"]:
         terminal.warn(note)
-    return config.model_copy(
-        update={"model": config.model.model_copy(update={"name": str(base.folder)})}
-    )
+    return config.model_copy(update={"model": config.model.model_copy(update={"name": base.name})})

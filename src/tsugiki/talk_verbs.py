@@ -60,8 +60,10 @@ def generate(
     if raw and system:
         raise UsageError("--system has no meaning with --raw", fix="leave one of them")
     texts = read_prompts([*(prompts or ()), *(prompt or ())])
+    from tsugiki.engine.settings import Sampling
     from tsugiki.talk.naming import Who, find_named
 
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens)
     terminal = Terminal(as_json=as_json)
     who = Who(
         model=model,
@@ -74,14 +76,13 @@ def generate(
     )
     named = find_named(who, terminal)  # a wrong name is told before torch is loaded
 
-    from tsugiki.engine.sampling import Sampling
     from tsugiki.talk.generate import generate_command
 
     generate_command(
         terminal,
         named,
         texts,
-        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens),
+        sampling=sampling,
         stop=tuple(stop or ()),
         system=system,
         raw=raw,
@@ -121,8 +122,10 @@ def chat(
     trust_remote_code: Trust = False,
 ) -> None:
     """Talk to the newest adapter; /help inside lists what can be typed."""
+    from tsugiki.engine.settings import Sampling
     from tsugiki.talk.naming import Who, find_named
 
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens)
     terminal = Terminal()
     who = Who(
         model=model,
@@ -135,13 +138,12 @@ def chat(
     )
     named = find_named(who, terminal)  # a wrong name is told before torch is loaded
 
-    from tsugiki.engine.sampling import Sampling
     from tsugiki.talk.chat import chat_command
 
     chat_command(
         terminal,
         named,
-        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens),
+        sampling=sampling,
         system=system,
         compare=compare,
     )

@@ -10,12 +10,15 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tsugiki.adapters.peft_config import CONFIG, read_raw
-from tsugiki.adapters.record import read_record
+from tsugiki.adapters.record import PREFIX, WEIGHTS, read_record
 from tsugiki.errors import AdapterError, ModelError, TsugikiError
-from tsugiki.models.hub import ResolvedModel, has_tokenizer, resolve_model
+from tsugiki.models.hub import ResolvedModel, has_tokenizer, local_path, resolve_model
+
+if TYPE_CHECKING:
+    from tsugiki.models.shards import StoredModel
 
 
 def is_adapter(path: Path) -> bool:
@@ -29,7 +32,7 @@ def adapter_folder(named: Path | str) -> Path:
     Raises:
         AdapterError: there is none.
     """
-    path = Path(named).expanduser()
+    path = local_path(str(named))
     for folder in (path, path / "adapter"):
         if (folder / CONFIG).is_file():
             return folder
@@ -70,23 +73,24 @@ def find_base(adapter: Path, asked: str | None = None) -> tuple[ResolvedModel, l
     saved, name, commit = recorded_base(adapter)
     if not name:
         raise AdapterError(f"{adapter} does not say which base it belongs to", fix="--model FOLDER")
-    near = _near(adapter, name)
-    if near is not None:
-        return ResolvedModel(near, str(near)), [f"the base {name} was found at {near}"]
+    gone = commit is None and not _is_there(name)
+    if gone:
+        for folder in _near(adapter, name):
+            if saved is None or _is_this(folder, adapter, saved):
+                return ResolvedModel(folder, str(folder)), [f"the base {name} is {folder} now"]
     try:
-        if saved and commit is None and not _is_there(name):  # a folder then: no Hub is asked
+        if saved and gone:  # it was a folder: no Hub is asked
             raise ModelError(f"there is no model folder {name}")
         return resolve_model(name, commit), []
-    except ModelError as error:
-        moved = [folder for folder in _places(adapter, name) if _is_this(folder, saved)]
-        if moved:
-            folder = next((folder for folder in moved if has_tokenizer(folder)), moved[0])
-            return ResolvedModel(folder, str(folder), commit), [
-                f"the base moved from {name} to {folder} (found by its fingerprint)"
+    except (ModelError, OSError) as error:
+        moved = _moved(adapter, name, saved) if saved else None
+        if moved is not None:
+            return ResolvedModel(moved, str(moved), commit), [
+                f"the base moved from {name} to {moved} (found by its fingerprint)"
             ]
         raise AdapterError(
             f"{adapter} was trained on {name}, which is not there",
-            got=error.problem,
+            got=error.problem if isinstance(error, ModelError) else str(error),
             fix="--model with the folder where the base is now",
         ) from None
 
@@ -98,13 +102,19 @@ def belongs(adapter: Path, base: ResolvedModel) -> bool:
     Raises:
         AdapterError: a record or a config that cannot be read.
     """
-    saved, name, _ = recorded_base(adapter)
+    saved, name, commit = recorded_base(adapter)
     if name is None or name == base.name:
         return True
-    was = Path(name).expanduser()
-    if was.is_dir() and was.samefile(base.folder):
-        return True
-    return _is_this(base.folder, saved)
+    with contextlib.suppress(OSError):
+        if local_path(name).samefile(base.folder):
+            return True
+    if saved is None or (commit is not None and base.commit is not None):
+        return False
+    from tsugiki.models.quantized_store import is_quantized_folder, read_origin
+
+    if is_quantized_folder(base.folder):
+        return bool(read_origin(base.folder).fingerprint.exact == saved["exact"])
+    return _is_this(base.folder, adapter, saved)
 
 
 def recorded_base(adapter: Path) -> tuple[dict[str, Any] | None, str | None, str | None]:
@@ -124,21 +134,38 @@ def recorded_base(adapter: Path) -> tuple[dict[str, Any] | None, str | None, str
 
 
 def _is_there(name: str) -> bool:
-    return name == "sprout" or Path(name).expanduser().is_dir()
+    try:
+        return name == "sprout" or local_path(name).is_dir()
+    except OSError:  # no name that a folder could have
+        return False
 
 
-def _near(adapter: Path, name: str) -> Path | None:
-    """The folder of that name beside the adapter or above it, where it is not found from here."""
-    if _is_there(name) or Path(name).expanduser().is_absolute():
-        return None
-    folder = adapter.resolve()
-    found = (root / name for root in (folder, *folder.parents[:3]))
-    return next((path for path in found if (path / "config.json").is_file()), None)
+def _near(adapter: Path, name: str) -> Iterator[Path]:
+    """Model folders of that name, or of its last parts, beside the adapter, above it and here."""
+    was, folder = local_path(name), adapter.resolve()
+    parts = was.parts[1:] if was.is_absolute() else was.parts
+    counts = range(min(4, len(parts)), 0, -1) if was.is_absolute() else (len(parts),)
+    for count in counts:
+        for root in (folder, *folder.parents[:3], Path.cwd()):
+            path = root.joinpath(*parts[-count:])
+            if os.access(path / "config.json", os.R_OK):
+                yield path
+
+
+def _moved(adapter: Path, name: str, saved: dict[str, Any]) -> Path | None:
+    """Where a base is now: the first with its tensors that has a tokenizer, else the first."""
+    found: Path | None = None
+    for folder in _places(adapter, name):
+        if _is_this(folder, adapter, saved):
+            if has_tokenizer(folder):
+                return folder
+            found = found or folder
+    return found
 
 
 def _places(adapter: Path, name: str) -> Iterator[Path]:
     """Model folders near the adapter, near where the base was, and near where we are."""
-    here, was = Path.cwd(), Path(name).expanduser()
+    here, was = Path.cwd(), local_path(name)
     roots = [was.parent, was.parent.parent, *adapter.resolve().parents[:3]]
     seen = set()
     for root in (*roots, here, here / "models"):
@@ -149,17 +176,30 @@ def _places(adapter: Path, name: str) -> Iterator[Path]:
                     yield folder
 
 
-def _is_this(folder: Path, saved: dict[str, Any] | None) -> bool:
-    """Whether this is the base that was recorded, by its tensors."""
-    if saved is None:
-        return False
+def _is_this(folder: Path, adapter: Path, saved: dict[str, Any]) -> bool:
+    """Whether this is the base that was recorded, in 16 or 32 bits, by its tensors."""
     from tsugiki.adapters.identity import identify
-    from tsugiki.models.quantized_store import is_quantized_folder, read_origin
     from tsugiki.models.shards import open_model
 
     try:
-        if is_quantized_folder(folder):
-            return bool(read_origin(folder).fingerprint.exact == saved["exact"])
-        return bool(identify(open_model(folder), str(folder)).exact == saved["exact"])
+        model = open_model(folder)
+        if not _could_be(model, adapter):
+            return False
+        return bool(identify(model, str(folder)).exact == saved["exact"])
     except (TsugikiError, OSError, ValueError, KeyError):
         return False  # another folder's faults are not this command's
+
+
+def _could_be(model: StoredModel, adapter: Path) -> bool:
+    """Whether names and shapes allow it, looked at before gigabytes are."""
+    from tsugiki.models.shards import read_shard
+
+    shapes = {one.name: one.shape for one in read_shard(adapter / WEIGHTS, AdapterError).tensors}
+    for path, entry in (read_record(adapter) or {}).get("targets", {}).items():
+        disk = entry.get("disk") if isinstance(entry, dict) else None
+        a = shapes.get(f"{PREFIX}{path}.lora_A.weight")
+        if disk is None or a is None:
+            continue
+        if disk not in model.tensors or a[-1] not in model.tensors[disk].shape:
+            return False
+    return True

@@ -17,10 +17,10 @@ from typing import Any
 from tsugiki.errors import AdapterError, TsugikiError
 from tsugiki.files import read_json
 
+CONFIG = "adapter_config.json"
 # Settings that change the arithmetic in ways not supported here, and the values that do not.
 # The named starts are stored as they ended; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change
 # the base as well.
-CONFIG = "adapter_config.json"
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "lora_bias": (False, None),

@@ -59,6 +59,14 @@ def refuse_no_tokenizer(folder: Path) -> None:
         )
 
 
+def local_path(name: str) -> Path:
+    """A name as a path, the home folder written out where there is one of that user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def sprout_folder() -> Path:
     """The embedded base."""
     return Path(str(files("tsugiki.models") / "sprout"))
@@ -76,7 +84,7 @@ def resolve_model(name: str | None, revision: str | None = None) -> ResolvedMode
     """
     if name is None or name == "sprout":
         return ResolvedModel(sprout_folder(), "sprout")
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.is_dir():
         return ResolvedModel(path, str(name))
     if path.exists():

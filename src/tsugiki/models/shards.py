@@ -122,22 +122,24 @@ def read_shard(path: Path, error: type[TsugikiError] = ModelError) -> Shard:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The files that the index names, else model.safetensors, else all that there are.
+    """model.safetensors, else the files that the index names, else all that there are.
+
+    The order is transformers': beside a whole model lies the same in another form, as Mistral's.
 
     Raises:
         ModelError: a damaged index, or one that names files outside the folder.
     """
     index = folder / INDEX
     whole = folder / "model.safetensors"
-    if not index.is_file() and whole.is_file():
-        return [whole]  # what lies beside it is the same in another form, as Mistral's
+    if whole.is_file():
+        return [whole]
     if not index.is_file():
         return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
     try:
         names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ModelError(f"{index} cannot be read: {error}") from None
-    outside = [name for name in names if Path(name).name != name]
+    outside = [name for name in names if name.startswith("/") or ".." in Path(name).parts]
     if outside or not names:
         raise ModelError(f"{index} names no files of its folder", got=", ".join(outside[:3]))
     return [folder / name for name in sorted(names)]

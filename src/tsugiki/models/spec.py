@@ -243,7 +243,7 @@ class NameMap:
 def context_of(config: Any) -> int | None:
     """Tokens that a text config says its model can see; None where it does not say."""
     found = _first(config, *CONTEXT)
-    return found if isinstance(found, int) else None
+    return int(found) if isinstance(found, int | float) else None
 
 
 def _first(config: Any, *names: str) -> Any:

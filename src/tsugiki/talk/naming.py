@@ -15,7 +15,7 @@ from tsugiki.adapters.peft_config import CONFIG, read_raw
 from tsugiki.adapters.record import read_record, recorded_quantization
 from tsugiki.config import Quantize
 from tsugiki.data.templates import FALLBACKS
-from tsugiki.errors import UsageError
+from tsugiki.errors import AdapterError, UsageError
 from tsugiki.models.hub import QUANTIZED_RECORD as RECORD
 from tsugiki.models.hub import (
     ResolvedModel,
@@ -86,8 +86,10 @@ def find_named(who: Who, terminal: Terminal, root: Path = Path(".")) -> Named:
     ):
         if given not in (None, *allowed):
             raise UsageError(f"no such {flag}", got=given, allowed=", ".join(allowed))
+    folders = _folders(who)
     asked = None if who.model is None else resolve_model(who.model)
-    folders = _folders(who, asked, terminal, root)
+    if not folders and not who.base_only:
+        folders = _newest(who, asked, terminal, root)
     first = next(iter(folders.values()), None)
     method, kept = ("none", None) if first is None else recorded_quantization(read_record(first))
     notes: list[str] = []
@@ -104,27 +106,31 @@ def find_named(who: Who, terminal: Terminal, root: Path = Path(".")) -> Named:
     return Named(who, folders, resolved, method)
 
 
-def _folders(
+def _newest(
     who: Who, base: ResolvedModel | None, terminal: Terminal, root: Path
 ) -> dict[str, Path]:
-    """Name → folder of each adapter."""
-    if who.base_only:
-        if who.adapters:
-            fix = "leave one of them"
-            raise UsageError("an adapter was named together with --base-only", fix=fix)
+    """The newest adapter, if it is one of the base that was asked for."""
+    newest = newest_adapter(root)
+    if newest is None:
+        terminal.warn("no adapter under runs/ or models/: the base answers alone")
         return {}
-    if not who.adapters:
-        newest = newest_adapter(root)
-        if newest is None:
-            terminal.warn("no adapter under runs/ or models/: the base answers alone")
+    if base is not None and not who.accept_base:
+        try:
+            belonging = belongs(newest, base)
+            said = f"was trained on {recorded_base(newest)[1]}"
+        except AdapterError as error:
+            belonging, said = False, f"cannot be read ({error.problem})"
+        if not belonging:
+            terminal.warn(f"the newest adapter, {newest}, {said}: the base answers alone")
             return {}
-        if base is not None and not who.accept_base and not belongs(newest, base):
-            was = recorded_base(newest)[1]
-            terminal.warn(
-                f"the newest adapter, {newest}, was trained on {was}: the base answers alone"
-            )
-            return {}
-        return {name_of(newest): newest}
+    return {name_of(newest): newest}
+
+
+def _folders(who: Who) -> dict[str, Path]:
+    """Name → folder of each adapter that was named."""
+    if who.base_only and who.adapters:
+        fix = "leave one of them"
+        raise UsageError("an adapter was named together with --base-only", fix=fix)
     folders: dict[str, Path] = {}
     for given in who.adapters:
         name, equals, path = given.partition("=")

@@ -128,8 +128,10 @@ def damaged(path: Path) -> str | None:
 
 
 def saved_identity(folder: Path) -> dict[str, Any] | None:
-    """What the newest checkpoint says of its run, unverified; None if none can be read."""
+    """What the newest whole checkpoint says of its run; None if there is none."""
     for _, path in checkpoints(folder):
+        if damaged(path) is not None:
+            continue
         with contextlib.suppress(TsugikiError, KeyError, TypeError):
             found = read_json(path / "state.json")["identity"]
             if isinstance(found, dict):

@@ -245,6 +245,7 @@ void dropped(const T* x, const uint16_t* mask, T* out, int64_t count, float scal
             }
         }
     }
+    const Flushing flushing;
     for (int64_t i = words * 16; i < count; ++i) {
         const float kept = (mask[words] >> (i - words * 16)) & 1u ? wide(x[i]) * scale : 0.0f;
         put(out + i, sum ? wide(out[i]) + kept : kept);
