@@ -72,7 +72,7 @@ def merge_adapter(
         accept_base=accept_base,
     )
     for note in [*notes, *plan.notes]:
-        terminal.say("note", Text(f"note: {note}", style="yellow"), text=note)
+        terminal.note(note, loud=True)
     read = time.monotonic() - began
     terminal.say(
         "merge_plan",
@@ -202,7 +202,7 @@ def tell_report(report: Report, terminal: Terminal, seconds: float) -> Proof:
     from tsugiki.proof.checks import Proof
 
     for note in report.notes:
-        terminal.say("note", Text(f"note: {note}", style="yellow"), text=note)
+        terminal.note(note, loud=True)
     terminal.heading(f"{report.candidate} against {report.reference}")
     terminal.say("verify", report.table(), **report.data())
     failed = [check.name for check in report.checks if not check.ok]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from tsugiki import supervise
@@ -122,7 +121,7 @@ def run_prepared(
         quantize=session.plan.config.model.quantize,
     )
     for note in base.notes:
-        terminal.say("note", Text(note, style="dim"), text=note)
+        terminal.note(note)
     supervise.tell_parent(run=str(folder.absolute()))
     return base, _train(session, base, folder, terminal, resumed=resumed)
 

@@ -144,7 +144,7 @@ def show_reports(reports: Sequence[Report], terminal: Terminal) -> Proof:
     """A table, what is wrong in it, and what it proves."""
     terminal.heading("proof")
     for note in dict.fromkeys(note for report in reports for note in report.notes):
-        terminal.say("note", Text(f"note: {note}", style="yellow"), text=note)
+        terminal.note(note, loud=True)
     table = Table(*COLUMNS, "", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.columns[0].no_wrap = True
     for report in reports:

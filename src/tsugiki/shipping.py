@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from rich.text import Text
 
 from tsugiki.adapters.joined import Joined, join
 from tsugiki.adapters.origin import adapter_folder, beside, find_base, is_adapter, name_of
@@ -76,7 +75,7 @@ def export_gguf(
     refuse_existing(*paths.values())
     plan = plan_export(joined, stem)
     for note in plan.notes:
-        tell_note(terminal, note)
+        terminal.note(note, loud=True)
     exact = plan.exact_type()
     kept, _ = recorded_quantization(joined.changes.record if joined.changes else None)
     # Quantised from a file that holds every number, written for this where none was asked for, or
@@ -146,10 +145,10 @@ def _modelfile(joined: Joined, gguf: Path, stem: str, terminal: Terminal) -> Pat
     chat = chat_of(joined)
     wording, remark = read_wording(chat) if chat else (None, "")
     if remark:
-        tell_note(terminal, f"Ollama: {remark}")
+        terminal.note(f"Ollama: {remark}", loud=True)
     path = gguf.with_name(f"{stem}.Modelfile")
     if path.exists():
-        tell_note(terminal, f"{path} exists already and is left as it is")
+        terminal.note(f"{path} exists already and is left as it is", loud=True)
         return path
     text = modelfile(f"./{gguf.name}", wording, stop_texts(chat) if chat else [])
     with atomic_file(path) as temporary:
@@ -265,7 +264,7 @@ def open_source(
             accept_base=accept_base,
         )  # fmt: skip
         for note in [*notes, *joined.notes]:
-            tell_note(terminal, note)
+            terminal.note(note, loud=True)
         return joined, name_of(folder), beside(folder, "gguf")
     resolved = resolve_model(source)
     stem = resolved.name.rstrip("/").rpartition("/")[2]
@@ -283,11 +282,6 @@ def file_names(types: Sequence[str], stem: str, output: Path) -> dict[str, Path]
             stem = stem[: -len(mark)]
     others = {name: output.with_name(f"{stem}-{name.upper()}.gguf") for name in types[1:]}
     return {types[0]: output, **others}
-
-
-def tell_note(terminal: Terminal, note: str) -> None:
-    """Something that people should know of what is written."""
-    terminal.say("note", Text(f"note: {note}", style="yellow"), text=note)
 
 
 def _written(plan: ExportPlan, dtype: str, path: Path, terminal: Terminal) -> Shipped:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.text import Text
-
 from tsugiki.config import RunConfig
 from tsugiki.data.formats import Rows, read_rows
 from tsugiki.data.named import data_files, find_data
@@ -52,8 +50,7 @@ def find_sources(config: RunConfig, terminal: Terminal, *, resumed: bool = False
     config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
     rows, held_out = read_both(config)
     if config.model.name is None and not resumed:
-        text = "no --model given: sprout, the small practice model that comes with tsugiki"
-        terminal.say("note", Text(text, style="dim"), text=text)
+        terminal.note("no --model given: sprout, the small practice model that comes with tsugiki")
     resolved = resolve_model(config.model.name, config.model.revision)
     refuse_no_config(resolved.folder)
     refuse_no_tokenizer(resolved.folder)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tsugiki.engine.settings import Sampling
 from tsugiki.errors import UsageError
 from tsugiki.flags import Accept, Json
 from tsugiki.terminal import Terminal
+
+if TYPE_CHECKING:
+    from tsugiki.talk.naming import Named
 
 Adapters = Annotated[
     list[str] | None,
@@ -60,21 +64,12 @@ def generate(
     if raw and system:
         raise UsageError("--system has no meaning with --raw", fix="leave one of them")
     texts = read_prompts([*(prompts or ()), *(prompt or ())])
-    from tsugiki.engine.settings import Sampling
-    from tsugiki.talk.naming import Who, find_named
-
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens)
     terminal = Terminal(as_json=as_json)
-    who = Who(
-        model=model,
-        adapters=tuple(adapter or ()),
-        base_only=base_only,
-        template=template,
-        accept_base=accept_base,
-        quantize=quantize,
-        trust_remote_code=trust_remote_code,
-    )
-    named = find_named(who, terminal)  # a wrong name is told before torch is loaded
+    named = _named(
+        terminal, adapter, model=model, base_only=base_only, template=template,
+        accept_base=accept_base, quantize=quantize, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
 
     from tsugiki.talk.generate import generate_command
 
@@ -88,6 +83,13 @@ def generate(
         raw=raw,
         compare=compare,
     )
+
+
+def _named(terminal: Terminal, adapters: list[str] | None, **how: Any) -> Named:
+    """Whom the flags name; a wrong name is told before torch is loaded."""
+    from tsugiki.talk.naming import Who, find_named
+
+    return find_named(Who(adapters=tuple(adapters or ()), **how), terminal)
 
 
 def read_prompts(given: list[str]) -> list[str]:
@@ -122,21 +124,12 @@ def chat(
     trust_remote_code: Trust = False,
 ) -> None:
     """Talk to the newest adapter; /help inside lists what can be typed."""
-    from tsugiki.engine.settings import Sampling
-    from tsugiki.talk.naming import Who, find_named
-
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens)
     terminal = Terminal()
-    who = Who(
-        model=model,
-        adapters=tuple(adapter or ()),
-        base_only=base_only,
-        template=template,
-        accept_base=accept_base,
-        quantize=quantize,
-        trust_remote_code=trust_remote_code,
-    )
-    named = find_named(who, terminal)  # a wrong name is told before torch is loaded
+    named = _named(
+        terminal, adapter, model=model, base_only=base_only, template=template,
+        accept_base=accept_base, quantize=quantize, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
 
     from tsugiki.talk.chat import chat_command
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
 
 
 class Terminal:
@@ -42,6 +43,11 @@ class Terminal:
         """A title between parts; nothing in JSON."""
         if not self.as_json:
             self.console.print(f"\n{text}", style="bold")
+
+    def note(self, text: str, *, loud: bool = False) -> None:
+        """Something worth knowing; loud: of what is being written, for whoever will use it."""
+        shown = Text(f"note: {text}", "yellow") if loud else Text(text, "dim")
+        self.say("note", shown, text=text)
 
     def warn(self, text: str, **data: Any) -> None:
         """Something the user should know but that stops nothing; to stderr."""

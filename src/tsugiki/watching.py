@@ -54,7 +54,7 @@ def tell(events: Iterator[Event], terminal: Terminal, folder: Path) -> TrainResu
                     if terminal.as_json:
                         terminal.say("saved", "", **asdict(event))
                 case Noted():
-                    terminal.say("note", Text(event.text, style="dim"), text=event.text)
+                    terminal.note(event.text)
                 case Advice():
                     terminal.warn(event.text, advice=True)
                 case Proven():
