@@ -123,11 +123,13 @@ def pickled_base(adapter: Path, base: Path) -> None:
 
 def shard_missing(adapter: Path, base: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (base / "model.safetensors").unlink()  # a whole file goes before an index
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def index_outside(adapter: Path, base: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "../../secret.safetensors"}}
+    (base / "model.safetensors").unlink()
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
 
 

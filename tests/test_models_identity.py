@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import weakref
 from pathlib import Path
@@ -43,6 +44,15 @@ def test_one_base_has_one_fingerprint(family: str, tmp_path: Path) -> None:
     again = tmp_path / "again"
     AutoModelForCausalLM.from_pretrained(first).save_pretrained(again)
     assert identity(again) == expected
+
+    # What lies beside a whole file, shards and their index too, is not loaded by transformers either.
+    other = {"x": torch.ones(3)}
+    save_file(other, first / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    index = {"weight_map": {"x": "model-00001-of-00001.safetensors"}}
+    (first / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert identity(first) == expected
+    _, told = AutoModelForCausalLM.from_pretrained(first, output_loading_info=True)
+    assert not told["missing_keys"]
 
     tensors = load_file(first / "model.safetensors")
     if family == "gpt2":  # the Hub's form: no prefix, with buffers
