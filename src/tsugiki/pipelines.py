@@ -230,14 +230,13 @@ def prepare_rows(
 
 def lasting(config: RunConfig, resolved: ResolvedModel) -> dict[str, Section]:
     """Sections that mean the same data and base from any folder and on any day, for a resume."""
-    data, name = config.data, config.model.name
+    data = config.data
     paths = {
         key: value.absolute()
         for key, value in (("path", data.path), ("eval_data", data.eval_data))
         if value is not None
     }
-    if name is not None and Path(name).expanduser().is_dir():
-        name = str(Path(name).expanduser().absolute())
+    name = None if config.model.name is None else resolved.lasting_name
     revision = resolved.commit or config.model.revision
     return {
         "data": data.model_copy(update=paths),

@@ -53,9 +53,8 @@ def _quantize(
     decisions.apply()
     base = load_base(resolved, dtype=decisions.torch_dtype, quantize=quantize)
     found = base.fingerprint()
-    local = resolved.commit is None and resolved.name != "sprout"
     origin = Origin(
-        str(resolved.folder.absolute()) if local else resolved.name,
+        resolved.lasting_name,
         base.commit,
         found.exact,
         found.rounded,

@@ -34,6 +34,13 @@ class ResolvedModel:
     name: str
     commit: str | None = None
 
+    @property
+    def lasting_name(self) -> str:
+        """A name that means this model from any folder: the full path of one that lies here."""
+        if self.commit is not None or self.name == "sprout":
+            return self.name
+        return str(self.folder.absolute())
+
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer."""

@@ -17,6 +17,7 @@ from tsugiki.data.dataset import Prepared
 from tsugiki.data.templates import with_bos
 from tsugiki.errors import DiskError, NonFiniteError, TsugikiError
 from tsugiki.files import atomic_folder, atomic_write, write_json
+from tsugiki.models.hub import ResolvedModel
 from tsugiki.models.load import Base
 from tsugiki.models.shards import read_generation
 from tsugiki.models.spec import NameMap, stored_dtype
@@ -36,9 +37,9 @@ def base_identity(base: Base) -> BaseIdentity:
     found = base.fingerprint()
     kind = stored_dtype(base.spec.config)
     folder = None if base.origin is None else str(base.folder.absolute())
-    named = Path(base.name).expanduser()  # a folder is meant from wherever the adapter is used
-    local = base.commit is None and base.name != "sprout" and named.is_dir()
-    name = str(named.absolute()) if local else base.name
+    name = base.name  # of few-bit weights: their origin's
+    if base.origin is None:
+        name = ResolvedModel(base.folder, base.name, base.commit).lasting_name
     return BaseIdentity(name, found.exact, found.rounded, base.commit, kind, base.quantize, folder)
 
 
