@@ -10,7 +10,7 @@ from tokenizers_for_tests import CHATML, tiny_tokenizer
 
 from tsugiki.data.chat import ChatFormat
 from tsugiki.data.example import IGNORED, Example
-from tsugiki.data.lengths import fit
+from tsugiki.data.lengths import WITHOUT_SYSTEM, fit
 from tsugiki.data.rendering import Watch, check_template
 from tsugiki.data.repairs import FOLDED, JOINED, UNASKED
 from tsugiki.data.report import show
@@ -194,7 +194,7 @@ def test_a_template_that_raises_gets_a_named_repair() -> None:
         "<|im_start|>model\n1\n\n2<|im_end|>"
     )
     with pytest.raises(RowProblem, match="must alternate"):
-        chat.examples(row(user("one?"), says("1"), Message("tool", "2"), says("3")))
+        chat.examples(row(user("one?"), says("1"), Message("narrator", "2"), says("3")))
 
 
 def test_answers_in_a_row_are_joined_where_the_template_cannot_prove_them() -> None:
@@ -345,10 +345,13 @@ def test_window_drops_the_oldest_turns_then_the_start_of_the_last_user_text(temp
     seen = []
     for limit in range(len(example.ids) - 1, 10, -1):
         found = fit(example, limit, None, chat, "assistant")
-        if not isinstance(found, tuple):
-            assert "longer than --max-length" in found.reason
-            break
+        assert isinstance(found, tuple)
         pieces, name = found
+        if name == WITHOUT_SYSTEM:
+            bare = chat.tokenizer.decode(pieces[-1].ids)
+            assert "Be brief." not in bare
+            assert bare.endswith("third answer<|im_end|>")
+            break
         assert name == "window"
         assert all(len(piece.ids) <= limit for piece in pieces)
         text = chat.tokenizer.decode(pieces[-1].ids)

@@ -15,17 +15,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tsugiki.data.ending import ASKED, find_call_stop, find_stop, unopened
 from tsugiki.data.example import IGNORED, Example
 from tsugiki.data.rendering import CLOCK, Watch, check_template, today, with_date
-from tsugiki.data.repairs import ENDED, forms, unended
-from tsugiki.data.row import Message, Row, RowProblem
+from tsugiki.data.repairs import ENDED, forms, unended, up_to_each
+from tsugiki.data.row import THOUGHTS, Message, Row, RowProblem, first_question
 from tsugiki.data.templates import FALLBACKS
 from tsugiki.data.written import MARKER, Written
 from tsugiki.errors import DataError
 
 DIFFERS = "the template renders the prompt differently once the answer is there"
 NO_CALLS = "this chat format writes no tool calls"
-LEFT_OUT = "the chat template leaves the system turn out"
 MARKED = "text with a start or end token of its own: not given twice"
 TEMPLATE_REFUSES = "the chat template refuses it"
 
@@ -68,7 +68,8 @@ class ChatFormat:
         self.bos = tokenizer.bos_token_id
         self.starts_with_bos = self.bos is not None and bool(plain) and plain[0] == self.bos
         self.eos = tokenizer.eos_token_id
-        found = self._find_stop()
+        added = set(tokenizer.get_added_vocab().values()) | set(tokenizer.all_special_ids)
+        found = find_stop(self._finished, self.encode, added)
         self.appends_stop = found is None
         if found is None:
             if self.eos is None:
@@ -79,8 +80,9 @@ class ChatFormat:
                 )
             found = self.eos
         self.stop_id: int = found
+        self.call_stop = find_call_stop(self._finished, self.encode, added, found)
         self.stop_ids: tuple[int, ...] = tuple(
-            dict.fromkeys(i for i in (found, self.eos) if i is not None)
+            dict.fromkeys(i for i in (found, self.eos, self.call_stop) if i is not None)
         )
         names = [str(tokenizer.convert_ids_to_tokens(i)) for i in self.stop_ids]
         self.stops = tuple(name for name in names if set(self.encode(name)) & set(self.stop_ids))
@@ -133,11 +135,7 @@ class ChatFormat:
         return found
 
     def render(
-        self,
-        messages: Sequence[Message],
-        *,
-        answer_next: bool,
-        tools: Sequence[Any] | None = None,
+        self, messages: Sequence[Message], *, answer_next: bool, tools: Sequence[Any] | None = None
     ) -> str:
         """The template's text; whatever the template raises becomes a RowProblem.
 
@@ -205,7 +203,7 @@ class ChatFormat:
         first: RowProblem | None = None
         for messages, repairs in self._repaired(row.messages, row.tools):
             try:
-                found = self._examples(messages, row, train_on)
+                found = self._examples(messages, row, train_on, changed=bool(repairs))
             except RowProblem as problem:
                 first = first or problem
                 continue
@@ -213,7 +211,9 @@ class ChatFormat:
             return found
         raise first or RowProblem("no turns")
 
-    def _examples(self, messages: tuple[Message, ...], row: Row, train_on: str) -> list[Example]:
+    def _examples(
+        self, messages: tuple[Message, ...], row: Row, train_on: str, *, changed: bool
+    ) -> list[Example]:
         answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
         if not answers:
             raise RowProblem("no answer to train on")
@@ -231,10 +231,11 @@ class ChatFormat:
         if train_on == "last":
             answers = answers[-1:]
         silent = untrained if train_on == "everything" else []
-        spans = [self._answer(messages, i, row) for i in answers]
+        asked = up_to_each(row.messages, every, self.stops) if changed else {}
+        spans = [self._answer(messages, i, row, asked.get(i)) for i in answers]
         self.repairs.update([ENDED] if ended else [])
         whole = spans[-1][0]
-        key = _key(messages)
+        key = first_question(messages)
         if all(whole[: len(ids)] == ids for ids, _ in spans):
             marks = [(begin, len(ids)) for ids, begin in spans]
             unlearnt = [self._answer(messages, i, row) for i in silent if i < answers[-1]]
@@ -249,7 +250,7 @@ class ChatFormat:
                     train_on,
                     [self._answer(messages, j, row) for j in silent if j < i],
                 ),
-                row=replace(row, messages=messages[: i + 1]),
+                row=replace(row, messages=asked.get(i, messages[: i + 1])),
                 single=True,
             )
             for i, (ids, begin) in zip(answers, spans, strict=True)
@@ -276,8 +277,9 @@ class ChatFormat:
         for candidate, names in forms(original):
             try:
                 self.render(candidate, answer_next=candidate[-1].role != "assistant", tools=tools)
-                if self.template is None and not self.written.system(candidate, tools):
-                    raise RowProblem(LEFT_OUT)
+                lost = self.written.lost(candidate, tools) if self.template is None else None
+                if lost is not None:
+                    raise RowProblem(lost)
             except RowProblem as problem:
                 first = first or problem
                 continue
@@ -285,8 +287,17 @@ class ChatFormat:
         if first is not None:
             raise first
 
-    def _answer(self, messages: tuple[Message, ...], index: int, row: Row) -> tuple[list[int], int]:
-        """Ids up to and with the stop token of the answer at `index`, and where it begins."""
+    def _answer(
+        self,
+        messages: tuple[Message, ...],
+        index: int,
+        row: Row,
+        asked: tuple[Message, ...] | None = None,
+    ) -> tuple[list[int], int]:
+        """Ids up to and with the stop token of the answer at `index`, and where it begins.
+
+        asked: what the row has up to it: its prompt may be taken in another form than the whole.
+        """
         before = self.render(messages[:index], answer_next=True, tools=row.tools)
         upto = self.render(messages[: index + 1], answer_next=False, tools=row.tools)
         prompt = self.encode(before)
@@ -300,20 +311,20 @@ class ChatFormat:
         if self.appends_stop:
             ids = [*ids, self.stop_id]
         tail = ids[len(prompt) :]
-        if self.stop_id not in tail:
+        stop = self.call_stop if messages[index].calls else self.stop_id
+        if stop not in tail:
             raise RowProblem(f"turn {index + 1}: no stop token after the answer")
-        end = len(tail) - tail[::-1].index(self.stop_id)
+        end = len(tail) - tail[::-1].index(stop)
         if end < 2:
             raise RowProblem(f"turn {index + 1}: the answer has no tokens")
-        return ids[: len(prompt) + end], len(prompt)
+        if asked is not None:
+            prompt = self.prompt_ids(asked[:-1], row.tools)
+        return prompt + tail[:end], len(prompt)
 
     def _unopened(
         self, messages: tuple[Message, ...], before: str, tools: Sequence[Any] | None
     ) -> str:
-        """The last answer and what ends it, for a prompt that opens what the template then drops.
-
-        R1's prompt ends with <think>, and its finished turns have none. The answer follows as it
-        is, as chat would send the prompt; a tag that the prompt has opened is not said twice.
+        """The last answer as it follows a prompt that opens what the template then drops.
 
         Raises:
             RowProblem: the two differ by more than how the prompt ends.
@@ -321,15 +332,12 @@ class ChatFormat:
         answer = messages[-1]
         marked = (*messages[:-1], replace(answer, content=MARKER))
         text = self.render(marked, answer_next=False, tools=tools)
-        both = zip(before, text, strict=False)
-        shared = next((i for i, (a, b) in enumerate(both) if a != b), min(len(before), len(text)))
-        opened, rest = before[shared:], text[shared:].lstrip()
-        if not rest.startswith(MARKER) or not answer.content.strip():
+        extra = dict(answer.extra)
+        thought = next((extra[key] for key in THOUGHTS if key in extra), "")
+        found = unopened(before, text, thought, answer.content)
+        if found is None:
             raise RowProblem(f"turn {len(messages)}: {DIFFERS}")
-        said, tag = answer.content, opened.strip()
-        if tag and said.lstrip().startswith(tag):
-            said = said.lstrip().removeprefix(tag).removeprefix(opened[len(opened.rstrip()) :])
-        return said + rest.removeprefix(MARKER)
+        return found
 
     def _example(
         self,
@@ -371,22 +379,15 @@ class ChatFormat:
         labels = [IGNORED if self.starts_with_bos and i == 0 else x for i, x in enumerate(ids)]
         return Example(tuple(ids), tuple(labels), row.source, row.text, row, raw=True)
 
-    def _find_stop(self) -> int | None:
-        """The first added token that the template puts after an answer; None if it puts none."""
-        probe = (Message("user", "a"), Message("assistant", MARKER))
+    def opens_thoughts(self) -> bool:
+        """Whether its prompts open a tag that its finished turns have not, as R1's do."""
         try:
-            text = self.render(probe, answer_next=False)
+            before = self.render((ASKED,), answer_next=True)
+            marked = self._finished((ASKED, Message("assistant", MARKER)))
         except RowProblem:
-            return None
-        after = text[text.rindex(MARKER) + len(MARKER) :] if MARKER in text else ""
-        added = set(self.tokenizer.get_added_vocab().values()) | set(self.tokenizer.all_special_ids)
-        return next((i for i in self.encode(after) if i in added), None)
+            return False
+        found = None if marked.startswith(before) else unopened(before, marked, MARKER, "a")
+        return found is not None and MARKER in found
 
-
-def _key(messages: tuple[Message, ...]) -> str:
-    """What the model is asked first: everything before the first answer.
-
-    Two conversations that share any prompt share this one.
-    """
-    first = next(i for i, m in enumerate(messages) if m.role == "assistant")
-    return "\x1e".join(f"{m.role}\x1f{m.content}" for m in messages[:first])
+    def _finished(self, messages: Sequence[Message]) -> str:
+        return self.render(messages, answer_next=False)

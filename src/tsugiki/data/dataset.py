@@ -12,14 +12,14 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from tsugiki.data.chat import DIFFERS, LEFT_OUT, NO_CALLS, TEMPLATE_REFUSES, ChatFormat
+from tsugiki.data.chat import DIFFERS, NO_CALLS, TEMPLATE_REFUSES, ChatFormat
 from tsugiki.data.example import Example
 from tsugiki.data.files import Skipped, reasons
 from tsugiki.data.formats import Rows
 from tsugiki.data.lengths import fit
 from tsugiki.data.rendering import WAY_OUT
-from tsugiki.data.row import Message, RowProblem
-from tsugiki.data.turns import THOUGHTS
+from tsugiki.data.row import THOUGHTS, Message, RowProblem
+from tsugiki.data.written import LEFT_OUT
 from tsugiki.errors import DataError
 
 FEWEST_TO_SPLIT = 20
@@ -176,7 +176,8 @@ def _examples(
                 done[name] += 1
             for piece in pieces:
                 assert piece.labelled, f"{piece.source}: an example without a label"
-                assert piece.raw or chat.stop_id in piece.labels, f"{piece.source}: no stop token"
+                ended = piece.raw or set(chat.stop_ids) & set(piece.labels)
+                assert ended, f"{piece.source}: no stop token"
                 kept.append(replace(piece, key=example.key))
     return kept
 
@@ -184,7 +185,7 @@ def _examples(
 def _way_out(skipped: list[Skipped]) -> str:
     """What helps where every row was left out."""
     if all(TEMPLATE_REFUSES in skip.reason for skip in skipped):
-        return "mend the base's chat template (chat_template), or take another base"
+        return f"mend these rows; or {WAY_OUT}"
     if all(DIFFERS in skip.reason or LEFT_OUT in skip.reason for skip in skipped):
         return WAY_OUT
     if all(NO_CALLS in skip.reason for skip in skipped):
@@ -208,11 +209,12 @@ def _counted(
 def _unwritten(rows: Rows, chat: ChatFormat) -> list[str]:
     """Thoughts and tools that the rows hold and the chat template does not write."""
     template = str(chat.template or chat.tokenizer.chat_template)
+    unread = () if chat.opens_thoughts() else tuple(k for k in THOUGHTS if k not in template)
     held = Counter(
         key
         for row in rows.rows
         for key in {key for message in row.messages for key, _ in message.extra}
-        if key in THOUGHTS and key not in template
+        if key in unread
     )
     told = [
         f"{key} of {count:,} rows is not trained: the chat template does not read it"

@@ -12,6 +12,8 @@ from tsugiki.data.example import IGNORED, Example
 from tsugiki.data.files import Skipped
 from tsugiki.data.row import Message, Row, RowProblem
 
+WITHOUT_SYSTEM = "window, without the system turn"
+
 
 def fit(
     example: Example, max_length: int, long: str | None, chat: ChatFormat, train_on: str
@@ -57,7 +59,7 @@ def split(example: Example, max_length: int) -> list[Example]:
 def window(
     example: Example, max_length: int, chat: ChatFormat, train_on: str
 ) -> tuple[list[Example], str] | Skipped:
-    """Whole oldest turns go first, then the start of the last user text."""
+    """Whole oldest turns go first, then the start of the last user text, at last system turns."""
     row = example.row
     assert row is not None
     if example.single and train_on == "assistant":
@@ -81,7 +83,15 @@ def window(
             low = middle + 1
     if best is not None:
         return best, "window"
-    return _cut_user(example, shorter[-1] if shorter else messages, max_length, chat, train_on)
+    cut = _cut_user(example, shorter[-1] if shorter else messages, max_length, chat, train_on)
+    bare = tuple(m for m in messages if m.role != "system")
+    if not isinstance(cut, Skipped) or len(bare) == len(messages):
+        return cut
+    found = _try(row, list(bare), chat, train_on, example.single)
+    if found is not None and _fits(found, max_length):
+        return found, WITHOUT_SYSTEM
+    again = window(replace(example, row=replace(row, messages=bare)), max_length, chat, train_on)
+    return again if isinstance(again, Skipped) else (again[0], WITHOUT_SYSTEM)
 
 
 def _fits(examples: list[Example], max_length: int) -> bool:

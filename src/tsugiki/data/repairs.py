@@ -5,13 +5,19 @@ Knows no template: which form one takes is found by rendering (`chat.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tsugiki.data.row import Message, RowProblem
+from tsugiki.data.row import CALLS, Message, RowProblem
 
-FOLDED = "system turn put into the first user turn"
+FOLDED = "system turn put into a user turn"
+TOLD = "tool turn put as a user turn"
+ALONE = "text beside a tool call left out"
+AS_TEXT = "arguments of tool calls put as text"
+NUMBERED = "tool calls numbered"
 JOINED = "turns of one role joined"
 ENDED = "stop token that an answer ended with taken off"
 UNASKED = "opening answer that nothing asked for left out"
@@ -20,20 +26,21 @@ Messages = tuple[Message, ...]
 
 
 def forms(messages: Messages) -> Iterator[tuple[Messages, tuple[str, ...]]]:
-    """Each form once, with the names of what was done."""
+    """Each form once, the fewest changes first, with the names of what was done."""
     asked = _asked(messages)
     began = () if asked == messages else (UNASKED,)
-    folded = _fold_system(asked)
+    of_calls = [step for step in OF_CALLS if step[1](asked) != asked]
+    steps = (FOLDING, *of_calls, *LAST)
     told: list[Messages] = []
-    for form, names in (
-        (asked, began),
-        (folded, (*began, FOLDED)),
-        (_join_turns(asked), (*began, JOINED)),
-        (_join_turns(folded), (*began, FOLDED, JOINED)),
-    ):
-        if form not in told:
-            told.append(form)
-            yield form, names
+    for count in range(len(steps) + 1):
+        for chosen in itertools.combinations(steps, count):
+            form, names = asked, list(began)
+            for name, step in chosen:
+                before, form = form, step(form)
+                names += [name] if form != before else []
+            if form not in told:
+                told.append(form)
+                yield form, tuple(dict.fromkeys(names))
 
 
 def _asked(messages: Messages) -> Messages:
@@ -43,16 +50,65 @@ def _asked(messages: Messages) -> Messages:
 
 
 def _fold_system(messages: Messages) -> Messages:
-    """As it is where no user turn could hold the system's text."""
-    system = "\n\n".join(m.content for m in messages if m.role == "system")
-    rest = [m for m in messages if m.role != "system"]
-    for i, message in enumerate(rest):
-        if system and message.role == "user":
-            rest[i] = Message("user", f"{system}\n\n{message.content}", message.extra)
-            break
-    else:
-        return tuple(rest) if not system.strip() and rest else messages
-    return tuple(rest)
+    """Each into the user turn that follows, the last into the one before; as it is without any."""
+    systems = [i for i, m in enumerate(messages) if m.role == "system" and m.content.strip()]
+    users = [i for i, m in enumerate(messages) if m.role == "user"]
+    if systems and not users:
+        return messages
+    said = {i: [messages[i].content] for i in users}
+    for i in reversed(systems):
+        follows = next((user for user in users if user > i), None)
+        if follows is None:
+            said[users[-1]].insert(1, messages[i].content)
+        else:
+            said[follows].insert(0, messages[i].content)
+    rest = tuple(
+        replace(m, content="\n\n".join(said[i])) if i in said else m
+        for i, m in enumerate(messages)
+        if m.role != "system"
+    )
+    return rest or messages
+
+
+def _tell_results(messages: Messages) -> Messages:
+    return tuple(Message("user", m.content) if m.role == "tool" else m for m in messages)
+
+
+def _calls_alone(messages: Messages) -> Messages:
+    return tuple(replace(m, content="") if m.calls and m.content else m for m in messages)
+
+
+def _arguments_as_text(messages: Messages) -> Messages:
+    def put(call: dict[str, Any]) -> dict[str, Any]:
+        inner = call.get("function")
+        held = inner.get("arguments") if isinstance(inner, dict) else None
+        if not isinstance(inner, dict) or not isinstance(held, dict):
+            return call
+        text = json.dumps(held, ensure_ascii=False)
+        return {**call, "function": {**inner, "arguments": text}}
+
+    return tuple(m.with_calls([put(c) for c in m.calls]) if m.calls else m for m in messages)
+
+
+def _number_calls(messages: Messages) -> Messages:
+    """Ids of nine letters and digits, as Mistral's templates want them; results name them."""
+    out: list[Message] = []
+    open_calls: dict[Any, str] = {}  # its own id, or its place → the new one
+    for i, message in enumerate(messages):
+        extra = dict(message.extra)
+        if message.calls:
+            ids = [f"call{i % 1000:03}{k % 100:02}" for k in range(len(message.calls))]
+            olds = [call.get("id") or k for k, call in enumerate(message.calls)]
+            open_calls = dict(zip(olds, ids, strict=True))
+            calls = [{**c, "id": new} for c, new in zip(message.calls, ids, strict=True)]
+            message = message.with_calls(calls)
+        elif message.role == "tool" and open_calls:
+            old = extra.get("tool_call_id")
+            old = old if old in open_calls else next(iter(open_calls))
+            new = open_calls.pop(old)
+            message = replace(message, extra=tuple({**extra, "tool_call_id": new}.items()))
+        out.append(message)
+    return tuple(out)
 
 
 def _join_turns(messages: Messages) -> Messages:
@@ -75,7 +131,7 @@ def _both(one: Message, two: Message) -> tuple[tuple[str, Any], ...] | None:
         return ()
     found = dict(one.extra)
     for key, value in two.extra:
-        if key == "tool_calls":
+        if key == CALLS:
             found[key] = [*found.get(key, []), *value]
         elif found.setdefault(key, value) != value:
             return None
@@ -103,3 +159,28 @@ def unended(
             found[i] = replace(messages[i], content=said)
             count += 1
     return tuple(found), count
+
+
+def up_to_each(
+    original: Messages, answers: Sequence[int], stops: Sequence[str]
+) -> dict[int, Messages]:
+    """Each of these answers of a changed conversation → what the original has up to it.
+
+    Nothing where answers were joined or left out, so that they are not the original's own.
+    """
+    own = [i for i, m in enumerate(original) if m.role == "assistant"]
+    if len(own) != len(answers):
+        return {}
+    messages, _ = unended(original, own, stops)
+    return {i: messages[: n + 1] for i, n in zip(answers, own, strict=True)}
+
+
+Step = tuple[str, Callable[[Messages], Messages]]
+FOLDING: Step = (FOLDED, _fold_system)
+OF_CALLS: tuple[Step, ...] = (
+    (TOLD, _tell_results),
+    (ALONE, _calls_alone),
+    (AS_TEXT, _arguments_as_text),
+    (NUMBERED, _number_calls),
+)
+LAST: tuple[Step, ...] = ((UNASKED, _asked), (JOINED, _join_turns))

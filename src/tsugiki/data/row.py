@@ -6,8 +6,11 @@ Knows no files, no layouts and no tokenizer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+CALLS = "tool_calls"  # OpenAI's name, and that of chat templates
+THOUGHTS = ("reasoning_content", "thinking")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,15 @@ class Message:
     def as_dict(self) -> dict[str, Any]:
         """As chat templates take it."""
         return {"role": self.role, "content": self.content, **dict(self.extra)}
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        """The tools that an answer calls."""
+        return list(dict(self.extra).get(CALLS) or [])
+
+    def with_calls(self, calls: list[dict[str, Any]]) -> Message:
+        """The same turn with these in their stead."""
+        return replace(self, extra=tuple((k, calls if k == CALLS else v) for k, v in self.extra))
 
 
 @dataclass(frozen=True)
@@ -95,3 +107,12 @@ def text_of(value: Mapping[str, Any], name: str) -> str:
 def column_names(value: Mapping[str, Any]) -> str:
     """The columns of a row, as messages name them."""
     return "columns: " + (", ".join(str(k)[:40] for k in list(value)[:12]) or "none")
+
+
+def first_question(messages: tuple[Message, ...]) -> str:
+    """What the model is asked first: everything before the first answer.
+
+    Two conversations that share any prompt share this one.
+    """
+    first = next(i for i, m in enumerate(messages) if m.role == "assistant")
+    return "\x1e".join(f"{m.role}\x1f{m.content}" for m in messages[:first])

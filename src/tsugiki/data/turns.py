@@ -5,11 +5,12 @@ OpenAI's and ShareGPT's keys, LLaMA-Factory's function calls. Knows no rows and 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from tsugiki.data.files import parse
-from tsugiki.data.row import Message, RowProblem, answer_of, column_names
+from tsugiki.data.row import CALLS, THOUGHTS, Message, RowProblem, answer_of, column_names
 
 CALLING = "function_call"  # LLaMA-Factory's role of a turn whose text is the call as JSON
 ROLES = {
@@ -19,9 +20,8 @@ ROLES = {
     "chatgpt": "assistant", CALLING: "assistant",
     "tool": "tool", "function": "tool", "observation": "tool",
 }  # fmt: skip
-THOUGHTS = ("reasoning_content", "thinking")
-KEPT = ("tool_calls", "name", "tool_call_id", *THOUGHTS)  # for the chat template
-READ = {"role", "from", "content", "value", "weight", *KEPT}
+KEPT = (CALLS, "name", "tool_call_id", *THOUGHTS)  # for the chat template
+READ = {"role", "from", "content", "value", "weight", CALLING, *KEPT}
 
 
 def conversation(items: list[Any]) -> tuple[Message, ...]:
@@ -54,15 +54,21 @@ def message(item: Any, number: int) -> Message:
     content = item.get("content", item.get("value"))
     extra = {key: item[key] for key in KEPT if item.get(key)}
     if name == CALLING:
-        extra["tool_calls"], content = _calls(content, number), ""
+        extra[CALLS], content = _calls(content, number), ""
+    elif item.get(CALLING) and not extra.get(CALLS):  # OpenAI's older key
+        extra[CALLS] = _calls(item[CALLING], number)
+    if role == "tool" and isinstance(content, list | dict) and not _is_parts(content):
+        content = json.dumps(content, ensure_ascii=False)
     if isinstance(content, list):  # OpenAI's text parts
         kinds = {p.get("type") if isinstance(p, dict) else None for p in content}
         if kinds != {"text"}:
             raise RowProblem(f"turn {number}: only text parts are supported")
         content = "".join(str(p.get("text", "")) for p in content)
-    calls = extra.get("tool_calls")
-    if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        raise RowProblem(f"turn {number}: 'tool_calls' is not a list of objects")
+    calls = extra.get(CALLS)
+    if calls:
+        if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+            raise RowProblem(f"turn {number}: {CALLS!r} is not a list of objects")
+        extra[CALLS] = [_wrapped(call) for call in calls]
     for key in THOUGHTS:
         if not isinstance(extra.get(key, ""), str):
             raise RowProblem(f"turn {number}: {key!r} is not a text")
@@ -109,6 +115,30 @@ def spoken(items: list[Any]) -> list[Any]:
     if len(items) < 2 or not all(isinstance(item, str) for item in items):
         return items
     return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(items)]
+
+
+def _is_parts(content: Any) -> bool:
+    """Whether it is OpenAI's list of parts."""
+    return isinstance(content, list) and all(isinstance(p, dict) and "type" in p for p in content)
+
+
+def _wrapped(call: dict[str, Any]) -> dict[str, Any]:
+    """A call as chat templates read it: {function: {name, arguments}}, the arguments an object.
+
+    OpenAI's files hold them as JSON in a text, which a template would write as a text within JSON.
+    """
+    if "function" not in call and "name" in call:
+        named = {key: call[key] for key in ("name", "arguments") if key in call}
+        rest = {key: held for key, held in call.items() if key not in named}
+        call = {"type": "function", **rest, "function": named}
+    inner = call.get("function")
+    if not isinstance(inner, dict) or not isinstance(inner.get("arguments"), str):
+        return call
+    try:
+        held = parse(inner["arguments"])
+    except ValueError:
+        return call  # no JSON: the template is given the text
+    return {**call, "function": {**inner, "arguments": held}} if isinstance(held, dict) else call
 
 
 def _calls(text: Any, number: int) -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
-"""Whether a chat template writes what a conversation holds: system turns, tool calls, tools.
+"""Whether a chat template writes what a conversation holds: system and tool turns, calls, tools.
 
 Asked once for conversations alike, by rendering them with marks. Knows no template's text.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 from tsugiki.data.row import Message, RowProblem
 
 MARKER = "zxqj"
+LEFT_OUT = "the chat template leaves out"
+BESIDE = f"{LEFT_OUT} the text beside a tool call"
+UNREADABLE = "the chat template writes the arguments of tool calls otherwise than as JSON"
 
 Render = Callable[[Sequence[Message], bool, Sequence[Any] | None], str]
 
@@ -26,26 +30,53 @@ class Written:
     def __init__(self, render: Render) -> None:
         self._render = render
         self._known: dict[object, bool] = {}
+        self._lost: dict[object, str | None] = {}
 
-    def system(self, messages: tuple[Message, ...], tools: Sequence[Any] | None) -> bool:
-        """Whether it prints every system turn; a template that refuses the marks is believed."""
-        roles = tuple((m.role, bool(m.content.strip())) for m in messages)
-        if ("system", True) not in roles:
-            return True
-        marks = {i: f"{MARKER}{i}x" for i, role in enumerate(roles) if role == ("system", True)}
-        marked = [replace(m, content=marks[i]) if i in marks else m for i, m in enumerate(messages)]
-        return self._holds((roles, bool(tools)), marked, tools, tuple(marks.values()))
+    def lost(self, messages: tuple[Message, ...], tools: Sequence[Any] | None) -> str | None:
+        """What it does not print, for people: a turn that is no answer, what is said beside a call,
+        or a call's arguments; None where all is there. A template that refuses the marks is
+        believed.
+        """
+        kinds = tuple((m.role, bool(m.content.strip()), _kinds(m)) for m in messages)
+        if all(role in ("user", "assistant") and not calls for role, _, calls in kinds):
+            return None
+        known = (kinds, bool(tools))
+        if known not in self._lost:
+            self._lost[known] = self._find_lost(messages, tools)
+        return self._lost[known]
+
+    def _find_lost(self, messages: tuple[Message, ...], tools: Sequence[Any] | None) -> str | None:
+        marks: dict[str, str] = {}  # mark → what is lost without it
+        marked = []
+        for i, message in enumerate(messages):
+            ours = message.role in ("user", "assistant") and not message.calls
+            if message.content.strip() and not ours:
+                mark = f"{MARKER}{i}x"
+                marks[mark] = BESIDE if message.calls else f"{LEFT_OUT} the {message.role} turn"
+                message = replace(message, content=mark)
+            marked.append(message.with_calls([_marked(call) for call in message.calls]))
+        try:
+            text = self._render(marked, marked[-1].role != "assistant", tools).lower()
+        except RowProblem:
+            return None  # it reads what the turn says; then it will print it too
+        if f"'{MARKER}'" in text or f'\\"{MARKER}' in text:
+            return UNREADABLE
+        return next((what for mark, what in marks.items() if mark not in text), None)
 
     def calls(self, messages: tuple[Message, ...], tools: Sequence[Any] | None) -> bool:
         """Whether it prints the tool calls of the last of these turns."""
         last = messages[-1]
-        called = dict(last.extra).get("tool_calls")
-        if not called:
+        if not last.calls:
             return True
-        marked = [_renamed(call) for call in called]
-        extra = tuple((k, marked if k == "tool_calls" else v) for k, v in last.extra)
         known = ("calls", bool(last.content.strip()), bool(tools))
-        return self._holds(known, [*messages[:-1], replace(last, extra=extra)], tools, (MARKER,))
+        if known not in self._known:
+            marked = last.with_calls([_renamed(call) for call in last.calls])
+            try:
+                text = self._render([*messages[:-1], marked], False, tools)
+            except RowProblem:
+                return True
+            self._known[known] = MARKER in text.lower()
+        return self._known[known]
 
     def tools(self, messages: tuple[Message, ...], tools: Sequence[Any] | None) -> bool:
         """Whether a prompt differs by the tools."""
@@ -59,24 +90,30 @@ class Written:
                 return True
         return self._known["tools"]
 
-    def _holds(
-        self, known: object, marked: Sequence[Message], tools: Sequence[Any] | None,
-        marks: tuple[str, ...],
-    ) -> bool:  # fmt: skip
-        if known not in self._known:
-            try:
-                text = self._render(marked, marked[-1].role != "assistant", tools).lower()
-            except RowProblem:
-                return True  # it reads what the turn says; then it will print it too
-            self._known[known] = all(mark in text for mark in marks)
-        return self._known[known]
 
-
-def _renamed(call: Any) -> Any:
+def _renamed(call: dict[str, Any]) -> dict[str, Any]:
     """A call of a function that is called MARKER."""
-    if not isinstance(call, dict):
-        return call
     inner = call.get("function")
     if isinstance(inner, dict):
         return {**call, "function": {**inner, "name": MARKER}}
     return {**call, "name": MARKER}
+
+
+def _marked(call: dict[str, Any]) -> dict[str, Any]:
+    """A call whose only argument is called MARKER, as object or text as before."""
+    inner = call.get("function")
+    if not isinstance(inner, dict) or not inner.get("arguments"):
+        return call
+    held: Any = {MARKER: 1}
+    if isinstance(inner["arguments"], str):
+        held = json.dumps(held)
+    return {**call, "function": {**inner, "arguments": held}}
+
+
+def _kinds(message: Message) -> tuple[str, ...]:
+    """How each call holds its arguments."""
+    functions = [call.get("function") for call in message.calls]
+    return tuple(
+        type(inner.get("arguments")).__name__ if isinstance(inner, dict) else "none"
+        for inner in functions
+    )
