@@ -75,6 +75,25 @@ def test_arguments_are_written_as_json_however_they_are_stored(
     assert dict(chat.repairs) == repairs
 
 
+def test_what_pads_objects_in_parquet_is_not_written(tmp_path: Path) -> None:
+    from pyarrow import Table
+    from pyarrow.parquet import write_table
+
+    def turns(name: str, arguments: dict[str, object]) -> list[dict[str, object]]:
+        call = {"function": {"name": name, "arguments": arguments}}
+        return [
+            ASKED.as_dict() | {CALLS: None},
+            {"role": "assistant", "content": "", CALLS: [call]},
+        ]
+
+    talks = [turns("weather", {"city": "京都"}), turns("time", {"zone": "JST"})]
+    write_table(Table.from_pylist([{"messages": talk} for talk in talks]), tmp_path / "a.parquet")
+    chat = of(JSON)
+    first, second = (chat.examples(one)[0] for one in read_rows(tmp_path / "a.parquet").rows)
+    assert taught(first, chat) == f"<call>weather{OBJECT}<|im_end|>"
+    assert taught(second, chat) == '<call>time{"zone": "JST"}<|im_end|>'
+
+
 @pytest.mark.parametrize("content", ["SUNNY", {"sky": "SUNNY"}, [{"sky": "SUNNY"}]])
 def test_a_result_that_a_template_does_not_print_is_told_by_the_user(
     content: object, tmp_path: Path

@@ -106,3 +106,22 @@ def test_japanese_names_of_columns(one: dict[str, object], tmp_path) -> None:  #
     asked, answered = told(rows)[0]
     assert (asked[0], asked[1].split()) == ("user", ["訳せ", "犬"])
     assert answered == ("assistant", "dog")
+
+
+def test_text_that_the_tokenizer_does_not_know_is_told_with_its_letters() -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {word: i for i, word in enumerate(["<unk>", "</s>", *"abcdefg? "])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(letters, [], unk_token="<unk>")),
+        unk_token="<unk>",
+        eos_token="</s>",
+    )
+    rows = [
+        row(Message("user", "鬱 abc?"), Message("assistant", said)) for said in ("bad", "a鬱\n")
+    ]
+    notes = prepare(Rows(rows, [], "messages"), ChatFormat.of(tokenizer), max_length=200).notes
+    (note,) = [note for note in notes if "<unk>" in note]
+    assert note.startswith("<unk> is trained 2 times in 1 of 2 examples")
+    assert "鬱, \\n;" in note

@@ -22,6 +22,7 @@ from tsugiki.data.row import THOUGHTS, Message, RowProblem
 from tsugiki.data.written import LEFT_OUT
 from tsugiki.errors import DataError
 
+NAMED_LETTERS = 8
 FEWEST_TO_SPLIT = 20
 NAMED_TWINS = 3
 MOST_HELD_OUT = 200
@@ -100,7 +101,7 @@ def prepare(
             got=reasons(skipped) or "no rows",
             fix=_way_out(skipped),
         )
-    notes += _unwritten(rows, chat)
+    notes += [*_unwritten(rows, chat), *_unknown(train, chat)]
     twins = _twins(kept)
     if twins:
         named = "; ".join(f"{second} repeats {first}" for first, second in twins[:NAMED_TWINS])
@@ -227,6 +228,30 @@ def _unwritten(rows: Rows, chat: ChatFormat) -> list[str]:
             "not read them"
         )
     return told
+
+
+def _unknown(kept: list[Example], chat: ChatFormat) -> list[str]:
+    """What the tokenizer has no tokens for, where it would be trained."""
+    unknown = chat.tokenizer.unk_token_id
+    if unknown is None or unknown in (*chat.stop_ids, chat.bos):
+        return []
+    touched = [example for example in kept if unknown in example.labels]
+    if not touched:
+        return []
+    count = sum(example.labels.count(unknown) for example in touched)
+    answers = (
+        example.row.text
+        or "".join(m.content for m in example.row.messages if m.role == "assistant")
+        for example in touched
+        if example.row is not None
+    )
+    letters = dict.fromkeys(c for text in answers for c in text if unknown in chat.encode(c))
+    named = ", ".join(repr(c)[1:-1] for c in itertools.islice(letters, NAMED_LETTERS))
+    return [
+        f"{chat.tokenizer.unk_token} is trained {count:,} times in {len(touched):,} of "
+        f"{len(kept):,} examples: the tokenizer does not know {named or 'their text'}; an answer "
+        "cannot say it"
+    ]
 
 
 def _asked(messages: tuple[Message, ...]) -> tuple[Message, ...]:

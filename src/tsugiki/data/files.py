@@ -349,9 +349,7 @@ def _parquet(path: Path) -> Iterator[Record | Skipped]:
         for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
-                yield Record(
-                    {k: None if _is_nan(v) else v for k, v in row.items()}, f"{path} row {number}"
-                )
+                yield Record({k: _held(v) for k, v in row.items()}, f"{path} row {number}")
     except Exception as error:
         if isinstance(error, OSError | ValueError) or type(error).__module__.startswith("pyarrow"):
             raise DataError(
@@ -361,9 +359,13 @@ def _parquet(path: Path) -> Iterator[Record | Skipped]:
         raise
 
 
-def _is_nan(value: Any) -> bool:
-    """What stands for null in tables of numbers."""
-    return isinstance(value, float) and math.isnan(value)
+def _held(value: Any) -> Any:
+    """Without what stands for null in tables of numbers, and what pads objects to equal keys."""
+    if isinstance(value, dict):
+        return {key: _held(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_held(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _text(path: Path) -> Iterator[Record | Skipped]:
