@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from families import save_tiny
+from sentencepiece_for_tests import train_pieces
 from tokenizers_for_tests import CHATML, tiny_tokenizer
+from transformers import AutoTokenizer
 
 from tsugiki.config import build_config, read_yaml
 from tsugiki.data import chat as chat_room
@@ -175,3 +177,17 @@ def test_a_system_turn_that_a_template_prints_in_its_way_stays() -> None:
     assert first == "USER: one?\nASSISTANT: 1"
     assert "USER: Be brief. \n\none?\n" in second
     assert dict(chat.repairs) == {FOLDED: 1}
+
+
+def test_an_answer_after_a_blank_is_written_with_one_blank(tmp_path: Path) -> None:
+    """Llama's sentencepiece puts a blank before a text of its own; rinna's prompts end with one."""
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + ('</s>' if m.role == 'assistant' else "
+        "'\n') }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    train_pieces(tmp_path, template=template)
+    chat = ChatFormat.of(AutoTokenizer.from_pretrained(tmp_path))
+    (example,) = chat.examples(Row((ASKED, Message("assistant", "fox")), None, "a:1"))
+    prompt = chat.prompt_ids([ASKED])
+    assert list(example.ids[: len(prompt)]) == prompt
+    assert chat.tokenizer.decode(example.ids).endswith("assistant: fox</s>")

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tsugiki.data.ending import ASKED, find_call_stop, find_stop, unopened
+from tsugiki.data.ending import ASKED, continued, find_call_stop, find_stop, unopened
 from tsugiki.data.example import IGNORED, Example
 from tsugiki.data.rendering import CLOCK, Watch, check_template, today, with_date
 from tsugiki.data.repairs import ENDED, forms, unended, up_to_each
@@ -307,7 +307,7 @@ class ChatFormat:
                 upto = before + self._unopened(messages[: index + 1], before, row.tools)
                 ids = self.encode(upto)
             if ids[: len(prompt)] != prompt:
-                ids = prompt + self.encode(upto[len(before) :])
+                ids = prompt + continued(upto[len(before) :], self.encode)
         if self.appends_stop:
             ids = [*ids, self.stop_id]
         tail = ids[len(prompt) :]

@@ -43,6 +43,15 @@ def _after(answer: Message, render: Render, encode: Encode) -> list[int]:
     return encode(text[text.rindex(MARKER) + len(MARKER) :]) if MARKER in text else []
 
 
+def continued(text: str, encode: Encode) -> list[int]:
+    """The tokens of a text that goes on from another: without the blank that sentencepiece puts
+    before a text of its own.
+    """
+    line = encode("\n")
+    both = encode(f"\n{text}")
+    return both[len(line) :] if both[: len(line)] == line else encode(text)
+
+
 def unopened(before: str, marked: str, thought: str, said: str) -> str | None:
     """An answer and what ends it, for a prompt that opens what the template then drops.
 
