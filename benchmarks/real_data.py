@@ -1,6 +1,7 @@
 """`python -m benchmarks.real_data`: stories260K on wikisql, gsm8k and jcommonsenseqa, beside PEFT.
 
-The same kept rows, start, order, rate and budget; test-split loss before and after, three seeds.
+The same kept rows, start, order, rate and budget; loss on the whole test split before and after
+(jcommonsenseqa: its valid file), three seeds.
 PEFT runs in a plain torch loop over padded batches with the model's own attention.
 """
 
@@ -39,10 +40,13 @@ SETS: dict[str, tuple[Path, Path, dict[str, object]]] = {
     "jcommonsenseqa": (
         CHAT / "jcommonsenseqa" / "train.jsonl",
         CHAT / "jcommonsenseqa" / "valid.jsonl",
-        {"columns": {"prompt": "question", "answer": "choice[label]"}},
+        {
+            "prompt_template": "{question}\n"
+            "{choice0} / {choice1} / {choice2} / {choice3} / {choice4}",
+            "columns": {"answer": "choice[label]"},
+        },
     ),
 }
-TEST_ROWS = 300
 
 
 def make_config(data: dict[str, object], output: Path, steps: int, seed: int) -> RunConfig:
@@ -128,7 +132,7 @@ def compare(name: str, steps: int, seed: int) -> dict[str, float]:
         config = make_config({"path": train_file, **options}, folder, steps, seed)
         session = prepare_session(config, terminal, None)
         rows = read_rows(test_file, **options)  # type: ignore[arg-type]
-        test = prepare(rows, session.chat, max_length=512, eval_ratio=0).train[:TEST_ROWS]
+        test = prepare(rows, session.chat, max_length=512, eval_ratio=0).train
         plain = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
         before = peft_test_loss(plain, test)
         base, _ = run_prepared(session, folder, terminal)
