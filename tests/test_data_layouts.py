@@ -75,6 +75,32 @@ def test_texts_alone_are_turns_one_after_the_other(tmp_path: Path) -> None:
     assert "the answer is empty" in rows.skipped[2].reason
 
 
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message", "システム"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        turns(USER, ANSWER),
+        {"conversations": [USER, ANSWER]},
+        {"prompt": "q", "response": "a"},
+        {"指示": "q", "回答": "a"},
+    ],
+)
+def test_a_column_with_a_system_prompt_is_the_system_turn(
+    tmp_path: Path, row: dict[str, object], name: str
+) -> None:
+    rows = read_rows(write(tmp_path, "a.jsonl", lines({name: "s"} | row, {name: None} | row)))
+    asked = [("user", "q"), ("assistant", "a")]
+    assert told(rows) == [[("system", "s"), *asked], asked]
+    assert rows.notes == ()
+
+
+def test_a_system_turn_is_kept_and_the_column_beside_it_named(tmp_path: Path) -> None:
+    own = turns({"role": "system", "content": "own"}, USER, ANSWER) | {"system": "s"}
+    rows = read_rows(write(tmp_path, "a.jsonl", lines(own)))
+    assert told(rows) == [[("system", "own"), ("user", "q"), ("assistant", "a")]]
+    assert rows.notes == ("columns not used: system",)
+
+
 def test_messages_of_a_tree_are_not_texts(tmp_path: Path) -> None:
     row = {"message_id": "b", "parent_id": "a", "role": "assistant", "text": "a reply"}
     with pytest.raises(DataError, match="join it with its parents, by parent_id") as caught:

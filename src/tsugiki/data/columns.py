@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tsugiki.data.files import Record
-from tsugiki.data.layouts import INPUTS
+from tsugiki.data.layouts import INPUTS, SYSTEM
 from tsugiki.data.row import Row, RowProblem, column_names, pair, raw_text, text_of
 from tsugiki.errors import DataError, did_you_mean
 
@@ -28,7 +28,6 @@ ANSWERING = (
 PLAINLY_ANSWERING = ANSWERING[:5]
 CLASSES = ("label", "class", "category", "score", "rating")  # answers that are numbers
 PREFERRED = ("chosen", "rejected")  # pairs of answers, one better than the other
-SYSTEM = ("system_prompt", "system", "システム")
 CONTEXT = ("context", "passage", "文脈")  # what a question is about: never the answer
 NUMBERING = re.compile(
     r"(.*[_\- ])?(id|ids|uuid|guid|idx|index|no|number)|q_?id|番号|.*[a-z]Id", re.I

@@ -30,6 +30,7 @@ LISTS = {"messages": "messages", "sharegpt": "conversations"}
 MORE = ("input", "context", "入力", "文脈")  # columns that belong to the question and follow it
 INPUTS = ("input", "入力")
 INSTRUCTIONS = ("instruction", "指示")
+SYSTEM = ("system", "system_prompt", "system_message", "システム")
 OBJECTS = re.compile(r"\s*\[\s*\{")  # a list of objects or of lists as JSON text
 PAIRED = re.compile(r"\s*\[\s*\[")
 
@@ -76,17 +77,18 @@ def by_layout(record: Record, layout: str) -> tuple[Row, tuple[str, ...]]:
         return row, (prompt, answer)
     more = _more(value, prompt)
     history = _history(value)
+    system = _system(value)
     row = pair(
         text_of(value, prompt),
         text_of(value, answer),
-        value.get("system"),
+        value[system] if system else None,
         record.source,
         more="\n".join(text_of(value, name) for name in more),
         history=history,
         instruction=prompt in INSTRUCTIONS,
     )
-    optional = ("system",) if isinstance(value.get("system"), str) else ()
-    return row, (prompt, *more, answer, *optional, *(("history",) if history else ()))
+    optional = (system, "history" if history else "")
+    return row, (prompt, *more, answer, *filter(None, optional))
 
 
 def shown(layout: str, used: set[str]) -> str:
@@ -114,16 +116,22 @@ def _listed(record: Record, layout: str) -> tuple[Row, tuple[str, ...]]:
     value = record.value
     messages = conversation(turns_of(value, layout))
     used = [LISTS[layout], "tools"]
-    if layout == "sharegpt" and isinstance(value.get("system"), str):
-        used.append("system")
-        if value["system"]:
-            messages = (Message("system", value["system"]), *messages)
+    system = _system(value)
+    if system and all(turn.role != "system" for turn in messages):
+        messages = (Message("system", value[system]), *messages)
+        used.append(system)
     tools = _parsed(value, "tools", re.compile(r"\s*\S"))  # as text in some data sets
     if not isinstance(tools, list):
         return Row(messages, None, record.source), tuple(used)
     if not all(isinstance(tool, dict) for tool in tools):
         raise RowProblem("the column 'tools' is not a list of objects")
     return Row(messages, None, record.source, tuple(tools)), tuple(used)
+
+
+def _system(value: Mapping[str, Any]) -> str:
+    """The column that holds a system prompt; '' where none does."""
+    held = (name for name in SYSTEM if isinstance(value.get(name), str) and value[name])
+    return next(held, "")
 
 
 def _parsed(value: Mapping[str, Any], name: str, like: re.Pattern[str]) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tsugiki.data.columns import answers, is_numbering
-from tsugiki.data.layouts import LISTS, PAIRS, turns_of
+from tsugiki.data.layouts import LISTS, PAIRS, SYSTEM, turns_of
 from tsugiki.data.turns import holds, unread_keys
 
 MOST_NAMED = 6
@@ -56,7 +56,8 @@ def _flags(name: str, used: Sequence[str], layout: str) -> str:
     answer = PAIRS[layout][1]
     asked = [*used[: used.index(answer)], name]
     template = "\\n".join(f"{{{column}}}" for column in asked)
-    system = " --columns system=system" if "system" in used else ""
+    named = next((column for column in used if column in SYSTEM), None)
+    system = f" --columns system={named}" if named else ""
     return (
         f"--prompt-template {shlex.quote(template)} "
         f"--answer-template {shlex.quote(f'{{{answer}}}')}{system}"
