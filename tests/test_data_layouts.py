@@ -101,6 +101,19 @@ def test_a_system_turn_is_kept_and_the_column_beside_it_named(tmp_path: Path) ->
     assert rows.notes == ("columns not used: system",)
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_completions_labelled_false_are_not_learnt(tmp_path: Path, listed: bool) -> None:
+    row = {"prompt": [USER], "completion": [ANSWER]} if listed else GOOD
+    path = write(tmp_path, "a.jsonl", lines(row | {"label": True}, row | {"label": False}))
+    rows = read_rows(path)
+    assert (len(rows.rows), rows.notes) == (1, ())
+    (skip,) = rows.skipped
+    assert skip.source == f"{path}:2"
+    assert skip.reason == "'label' is false: the completion is not one to learn"
+    other = read_rows(write(tmp_path, "b.jsonl", lines(row | {"label": 0})))
+    assert (len(other.rows), other.skipped) == (1, [])
+
+
 def test_messages_of_a_tree_are_not_texts(tmp_path: Path) -> None:
     row = {"message_id": "b", "parent_id": "a", "role": "assistant", "text": "a reply"}
     with pytest.raises(DataError, match="join it with its parents, by parent_id") as caught:

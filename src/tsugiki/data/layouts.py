@@ -69,12 +69,16 @@ def by_layout(record: Record, layout: str) -> tuple[Row, tuple[str, ...]]:
         return raw_text(text_of(value, "text"), record.source), ("text",)
     prompt, answer = PAIRS[layout]
     asked = value.get(prompt)
+    judged = layout == "prompt/completion" and isinstance(value.get("label"), bool)
+    if judged and not value["label"]:  # good and bad completions, as KTO has them
+        raise RowProblem("'label' is false: the completion is not one to learn")
+    beside = ("label",) if judged else ()
     if isinstance(asked, list) and all(isinstance(turn, dict) for turn in asked):
         answered = value.get(answer)  # prompts and completions given as turns
         if not isinstance(answered, list):
             raise RowProblem("the prompt is a list of turns and the answer is not")
         row = Row(conversation([*asked, *answered]), None, record.source)
-        return row, (prompt, answer)
+        return row, (prompt, answer, *beside)
     more = _more(value, prompt)
     history = _history(value)
     system = _system(value)
@@ -88,7 +92,7 @@ def by_layout(record: Record, layout: str) -> tuple[Row, tuple[str, ...]]:
         instruction=prompt in INSTRUCTIONS,
     )
     optional = (system, "history" if history else "")
-    return row, (prompt, *more, answer, *filter(None, optional))
+    return row, (prompt, *more, answer, *filter(None, optional), *beside)
 
 
 def shown(layout: str, used: set[str]) -> str:
