@@ -257,6 +257,13 @@ def test_columns_that_are_not_used_are_named_once_with_how_to_use_one(tmp_path: 
     assert found.notes == ("columns not used: c0, c1, c2, c3, c4, c5, … 3 more",)
 
 
+def test_a_thought_that_is_not_used_is_offered_before_the_answer(tmp_path: Path) -> None:
+    row = {"question": "q", "reasoning": "so", "answer": "a"}
+    rows = read_rows(write(tmp_path, "a.jsonl", lines(row)))
+    flags = "--prompt-template '{question}' --answer-template '{reasoning}\\n{answer}'"
+    assert rows.notes == (f"columns not used: reasoning (to use one: {flags})",)
+
+
 def test_an_index_uses_the_columns_that_it_chooses_among(tmp_path: Path) -> None:
     row = {"q": "which?", "choice0": "a", "choice1": "b", "label": 1, "from": "x"}
     path = write(tmp_path, "a.jsonl", lines(row))

@@ -143,6 +143,9 @@ def _nothing(path: Path, skipped: list[Skipped], unknown: dict[str, Any] | None)
     if unknown is not None:
         flags = () if is_tree(unknown) else propose(unknown)
         fix = "make each row an object with a prompt and an answer, as texts"
+        if sum(isinstance(held, str) for held in unknown.values()) > 1:
+            named = "--prompt-template 'Q: {COLUMN}' --answer-template '{COLUMN}'"
+            fix = f"say which columns are which: {named}; or {fix}"
         if is_tree(unknown):
             fix = "each row is one message: join it with its parents, by parent_id, as messages"
         elif "rejected" in unknown:
