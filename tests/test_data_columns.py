@@ -80,6 +80,14 @@ UNKNOWN: dict[str, tuple[dict[str, object], list[object]]] = {
         {"Question": "q", "Complex_CoT": "so", "Response": "a"},
         [("user", "q"), ("assistant", "so\na")],
     ),
+    "a premise": (
+        {"premise": "p", "choice1": "a", "choice2": "b", "question": "q", "label": 2},
+        [("user", "q\np"), ("assistant", "b")],
+    ),
+    "a solution and its answer": (
+        {"problem": "q", "generated_solution": "so", "expected_answer": "a"},
+        [("user", "q"), ("assistant", "so\na")],
+    ),
     "a thought alone": ({"query": "q", "rationale": "a"}, [("user", "q"), ("assistant", "a")]),
     "two languages": ({"en": "q", "ja": "a", "score": 0.8}, [("user", "q"), ("assistant", "a")]),
     "a list": ({"question": "q", "answers": ["a", "b"]}, [("user", "q"), ("assistant", "a")]),
@@ -189,6 +197,7 @@ def test_a_backslash_n_from_a_shell_is_a_new_line_and_told(tmp_path: Path) -> No
         {"name": "m", "talk": [{}], "turn": 1, "tone": "mild"},
         {"question": "q", "choices": ["a", "b"]},
         {"sentence1": "s", "sentence2": "t"},
+        {"puzzle": "q", "hint": "h", "reply": "a"},
         {"question": "q", "hint": "h", "remark": "r"},
         {"name": "a", "city": "b", "job": "c", "age": "d", "label": 1},
     ],

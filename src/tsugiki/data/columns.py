@@ -17,7 +17,7 @@ from tsugiki.data.row import Row, RowProblem, column_names, pair, raw_text, text
 from tsugiki.errors import DataError, did_you_mean
 
 ASKING = (
-    "question", "prompt", "instruction", "query", "input", "source", "document",
+    "question", "prompt", "instruction", "query", "input", "problem", "source", "document",
     "質問", "指示", "問題", "設問", "入力", "原文",
 )  # fmt: skip
 PLAINLY = ASKING[:5]  # words that say it by themselves: a column of that very name is the one
@@ -29,9 +29,11 @@ ANSWERING = (
 PLAINLY_ANSWERING = ANSWERING[:5]
 CLASSES = ("label", "class", "category")  # what texts are sorted by
 RATINGS = ("score", "rating")  # answers only where nothing else can be one
-THOUGHTS = {"reasoning", "thought", "thoughts", "thinking", "cot", "rationale", "思考", "推論"}
+THOUGHTS = {
+    "reasoning", "thought", "thoughts", "thinking", "cot", "rationale", "solution", "思考", "推論",
+}  # fmt: skip
 PREFERRED = ("chosen", "rejected")  # pairs of answers, one better than the other
-CONTEXT = ("context", "passage", "文脈")  # what a question is about: never the answer
+CONTEXT = ("context", "passage", "premise", "文脈")  # what a question is about: never the answer
 NUMBERING = re.compile(
     r"(.*[_\- ])?(id|ids|uuid|guid|idx|index|no|number)|q_?id|番号|.*[a-z]Id", re.I
 )
@@ -208,9 +210,10 @@ def _roles(named: Mapping[str, Any], texts: list[str]) -> tuple[list[str], str]:
         or _near(_held(named), ANSWERING)
     )
     if answer:
-        asked = [*start, *more] if first else sources
+        asked = [k for k in ([*start, *more] if first else sources) if k != answer]
         several = any(_siblings(k, texts) for k in (answer, *start))  # as q1, a1, q2, a2
-        return ([] if several else [k for k in asked if k != answer]), answer
+        bodies = {_stem(k) for k in asked if k not in more and "title" not in k.lower()}
+        return ([] if several or (not first and len(bodies) > 1) else asked), answer
     label = _near(rest, CLASSES) or _near(others, CLASSES)
     if not label and len({_stem(k) for k in (*start, *sources)}) == 1:
         label = _near(others, RATINGS)
