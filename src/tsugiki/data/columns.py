@@ -172,7 +172,8 @@ def fill(template: str, value: Mapping[str, Any]) -> str:
 def propose(value: Mapping[str, Any]) -> tuple[str, ...]:
     """Flags that read a row of unknown layout, by what its columns are called.
 
-    (): none, rather than flags that leave out a part of the question or answer with something else.
+    (): none. No flags are better than some that leave out a part of the question, or learn a wrong
+    answer.
     """
     named = {str(k): v for k, v in value.items() if not is_numbering(str(k))}
     named = {k: v for k, v in named.items() if not BESIDE.fullmatch(k)}
