@@ -58,6 +58,38 @@ UNKNOWN: dict[str, tuple[dict[str, object], list[object]]] = {
     "commas": ({"Q, please": "q", "A = b": "a"}, [("user", "q"), ("assistant", "a")]),
     "brackets": ({"q": "q", "answer[en]": "a"}, [("user", "q"), ("assistant", "a")]),
     "a class": ({"sentence": "nice", "class": 3}, [("user", "nice"), ("assistant", "3")]),
+    "two sentences and the number of a class": (
+        {"sentence_pair_id": "0", "sentence1": "s", "sentence2": "t", "label": 1},
+        [("user", "s\nt"), ("assistant", "1")],
+    ),
+    "two sentences and how alike": (
+        {"sentence1": "s", "sentence2": "t", "score": 2.4}, [("user", "s\nt"), ("assistant", "2.4")]
+    ),
+    "two sentences and a class": (
+        {"premise": "s", "hypothesis": "t", "label": "entailment"},
+        [("user", "s\nt"), ("assistant", "entailment")],
+    ),
+    "a class by its name": (
+        {"sentence": "s", "label": 0, "label_text": "bad"}, [("user", "s"), ("assistant", "bad")]
+    ),
+    "a title and a text": (
+        {"url": "u", "title": "s", "article": "t", "summary": "a"},
+        [("user", "s\nt"), ("assistant", "a")],
+    ),
+    "a thought": (
+        {"Question": "q", "Complex_CoT": "so", "Response": "a"},
+        [("user", "q"), ("assistant", "so\na")],
+    ),
+    "a premise": (
+        {"premise": "p", "choice1": "a", "choice2": "b", "question": "q", "label": 2},
+        [("user", "q\np"), ("assistant", "b")],
+    ),
+    "a solution and its answer": (
+        {"problem": "q", "generated_solution": "so", "expected_answer": "a"},
+        [("user", "q"), ("assistant", "so\na")],
+    ),
+    "a thought alone": ({"query": "q", "rationale": "a"}, [("user", "q"), ("assistant", "a")]),
+    "two languages": ({"en": "q", "ja": "a", "score": 0.8}, [("user", "q"), ("assistant", "a")]),
     "a list": ({"question": "q", "answers": ["a", "b"]}, [("user", "q"), ("assistant", "a")]),
     "SQuAD": (
         {"id": "0", "title": "t", "context": "c", "question": "q",
@@ -159,12 +191,23 @@ def test_a_backslash_n_from_a_shell_is_a_new_line_and_told(tmp_path: Path) -> No
         {"chosen": "Human: q Assistant: a", "rejected": "Human: q Assistant: b"},
         {"source": "evol", "chosen": "a", "rejected": "b"},
         {"prompt": "q", "chosen": [{}], "rejected": [{}], "score_chosen": 1.0, "chosen-model": "m"},
+        {"q1": "q", "a1": "a", "q2": "r", "a2": "b"},
+        {"question1": "q", "answer1": "a", "question2": "r", "answer2": "b"},
+        {"system": "s", "chat": "USER: q ASSISTANT: a"},
+        {"name": "m", "talk": [{}], "turn": 1, "tone": "mild"},
+        {"question": "q", "choices": ["a", "b"]},
+        {"sentence1": "s", "sentence2": "t"},
+        {"puzzle": "q", "hint": "h", "reply": "a"},
+        {"question": "q", "hint": "h", "remark": "r"},
+        {"name": "a", "city": "b", "job": "c", "age": "d", "label": 1},
     ],
 )
 def test_no_flags_are_proposed_that_would_not_work(tmp_path: Path, row: dict[str, object]) -> None:
     with pytest.raises(DataError, match="make each row an object with a prompt and") as caught:
         read_rows(write(tmp_path, "a.jsonl", lines(row)))
     assert caught.value.flags == ()
+    texts = sum(isinstance(held, str) for held in row.values())
+    assert ("--prompt-template" in str(caught.value.fix)) == (texts > 1)
 
 
 def test_rows_as_programs_write_them(tmp_path: Path) -> None:

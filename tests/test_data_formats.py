@@ -288,7 +288,7 @@ def test_bad_lines_of_a_table(tmp_path: Path, kind: str, line: bytes, reason: st
         ("a.csv", "question,réponse\ngénéralité,é\n".encode("latin1"), "iconv -f latin1"),
         ("a.txt", "good".encode("utf-16") + b"\n", "save it anew as UTF-8"),
         ("a.jsonl", b'{"prompt": "\xff", "completion": "a"}\n', "iconv -f latin1"),
-        ("a.json", b'{"question": ["q"], "answer": ["a"]}', "'question' is not a text"),
+        ("a.json", b'{"question": ["q"], "answer": "a"}', "'question' is not a text"),
         (
             "a.json",
             b'[{"prompt": "a", "completion": ""}, {"prompt": "b", "completion": " "}]',

@@ -65,6 +65,92 @@ def test_squads_own_files_are_a_row_a_question(tmp_path: Path) -> None:
     assert "'answer' is null" in rows.skipped[0].reason
 
 
+TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+LISTED: dict[str, dict[str, object]] = {
+    "conversation": {"conversation": TALK, "model": "m", "language": "Japanese"},
+    "dialogue": {"dialogue": TALK},
+    "dialog": {"dialog": ["q", "a"]},
+    "data": {"id": "0", "data": ["q", "a"]},
+    "input and output": {"conversation": [{"input": "q", "output": "a"}]},
+    "JSON text": {"conversation": json.dumps(TALK)},
+    "as Python writes": {"messages": "[{'role': 'user', 'content': 'q'},\n"
+                                     " {'role': \"assistant\", 'content': 'a', 'weight': None}]"},
+    "speaker and text": {"conversations": [
+        {"speaker": "人", "text": "q"}, {"speaker": "AI", "text": "a"}]},
+    "role and text": {"messages": [
+        {"role": "prompter", "text": "q"}, {"role": "assistant", "text": "a"}]},
+    "Japanese roles": {"messages": [
+        {"role": "ユーザー", "content": "q"}, {"role": "アシスタント", "content": "a"}]},
+    "null beside the key": {"messages": [
+        {"role": None, "from": "human", "content": None, "value": "q"},
+        {"role": None, "from": "ai", "content": None, "value": "a"}]},
+    "parts without a type": {"messages": [
+        {"role": "user", "content": [{"text": "q"}]},
+        {"role": "assistant", "content": [{"text": "a", "image": None}]}]},
+    "parts": {"contents": [
+        {"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "a"}]}]},
+    "text/output": {"ID": "0", "text": ["q"], "output": ["a"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LISTED)
+def test_lists_of_turns_under_the_names_and_keys_people_use(tmp_path: Path, kind: str) -> None:
+    rows = read_rows(write(tmp_path, "a.jsonl", lines(LISTED[kind])))
+    assert told(rows) == [[("user", "q"), ("assistant", "a")]]
+
+
+@pytest.mark.parametrize(
+    ("turn", "why"),
+    [
+        ({"role": "user", "content": [{"text": "q", "image": "x.png"}]}, "only text parts are"),
+        ({"role": "user", "content": [{"type": [], "text": "q"}]}, "only text parts are"),
+        ({"role": "user", "content": []}, "only text parts are"),
+        ({"text": "q"}, "has no role"),
+        ({"speaker": "Bob", "text": "q"}, "unknown role 'Bob'"),
+    ],
+)
+def test_turns_that_are_not_understood_cost_their_row(
+    tmp_path: Path, turn: object, why: str
+) -> None:
+    rows = read_rows(write(tmp_path, "a.jsonl", lines(turns(turn, ANSWER), turns(USER, ANSWER))))
+    assert len(rows.rows) == 1
+    assert why in rows.skipped[0].reason
+
+
+@pytest.mark.parametrize("name", ["conversation", "dialogue", "dialog", "contents", "data"])
+def test_other_lists_under_these_names_leave_the_layout(tmp_path: Path, name: str) -> None:
+    row = {"question": "q", "answer": "a", name: ["x", "y"]}
+    other = {"text": "once", name: [1, 2]}
+    rows = read_rows(write(tmp_path, "a.jsonl", lines(row, other)))
+    assert rows.layout == "1 question/answer, 1 text"
+
+
+@pytest.mark.parametrize("system", [[{"text": "s"}], {"role": "system", "parts": [{"text": "s"}]}])
+def test_a_system_prompt_in_parts(tmp_path: Path, system: object) -> None:
+    rows = read_rows(write(tmp_path, "a.jsonl", lines({"system": system} | turns(USER, ANSWER))))
+    assert told(rows) == [[("system", "s"), ("user", "q"), ("assistant", "a")]]
+
+
+def test_a_list_of_questions_and_one_of_as_many_answers_are_turns(tmp_path: Path) -> None:
+    rows = read_rows(write(tmp_path, "a.jsonl", lines(
+        {"text": ["q", "r"], "output": ["a", "b"], "system": "s"},
+        {"text": ["q", "r"], "output": ["a", ""]}, {"prompt": ["q"], "response": ["a", "b"]},
+    )))  # fmt: skip
+    assert rows.layout == "text/output"
+    wanted = [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
+    assert told(rows) == [[("system", "s"), *wanted]]
+    reasons = [skip.reason for skip in rows.skipped]
+    assert reasons == ["turn 4: the answer is empty", "the column 'prompt' is not a text"]
+
+
+@pytest.mark.parametrize(
+    "held", ["[{'role': print('x')}]", "[{'role': b'user'}]", "[{'role': 1e999}]", "[{'a': '\\d'"]
+)
+def test_only_values_that_json_has_are_taken_from_python(tmp_path: Path, held: str) -> None:
+    rows = read_rows(write(tmp_path, "a.jsonl", lines({"messages": held}, GOOD)))
+    assert "the column 'messages' is not valid JSON" in rows.skipped[0].reason
+
+
 def test_texts_alone_are_turns_one_after_the_other(tmp_path: Path) -> None:
     rows = read_rows(write(tmp_path, "a.jsonl", lines(
         {"conversations": ["q", "a", "r", "b"]}, {"conversations": ["q"]},
@@ -73,6 +159,45 @@ def test_texts_alone_are_turns_one_after_the_other(tmp_path: Path) -> None:
     assert told(rows) == [[("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]]
     assert [skip.reason for skip in rows.skipped[:2]] == ["turn 1 is not an object"] * 2
     assert "the answer is empty" in rows.skipped[2].reason
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message", "システム"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        turns(USER, ANSWER),
+        {"conversations": [USER, ANSWER]},
+        {"prompt": "q", "response": "a"},
+        {"指示": "q", "回答": "a"},
+    ],
+)
+def test_a_column_with_a_system_prompt_is_the_system_turn(
+    tmp_path: Path, row: dict[str, object], name: str
+) -> None:
+    rows = read_rows(write(tmp_path, "a.jsonl", lines({name: "s"} | row, {name: None} | row)))
+    asked = [("user", "q"), ("assistant", "a")]
+    assert told(rows) == [[("system", "s"), *asked], asked]
+    assert rows.notes == ()
+
+
+def test_a_system_turn_is_kept_and_the_column_beside_it_named(tmp_path: Path) -> None:
+    own = turns({"role": "system", "content": "own"}, USER, ANSWER) | {"system": "s"}
+    rows = read_rows(write(tmp_path, "a.jsonl", lines(own)))
+    assert told(rows) == [[("system", "own"), ("user", "q"), ("assistant", "a")]]
+    assert rows.notes == ("columns not used: system",)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_completions_labelled_false_are_not_learnt(tmp_path: Path, listed: bool) -> None:
+    row = {"prompt": [USER], "completion": [ANSWER]} if listed else GOOD
+    path = write(tmp_path, "a.jsonl", lines(row | {"label": True}, row | {"label": False}))
+    rows = read_rows(path)
+    assert (len(rows.rows), rows.notes) == (1, ())
+    (skip,) = rows.skipped
+    assert skip.source == f"{path}:2"
+    assert skip.reason == "'label' is false: the completion is not one to learn"
+    other = read_rows(write(tmp_path, "b.jsonl", lines(row | {"label": 0})))
+    assert (len(other.rows), other.skipped) == (1, [])
 
 
 def test_messages_of_a_tree_are_not_texts(tmp_path: Path) -> None:
@@ -130,6 +255,13 @@ def test_columns_that_are_not_used_are_named_once_with_how_to_use_one(tmp_path: 
     many = {f"c{i}": i for i in range(9)} | turns(USER, ANSWER)
     found = read_rows(write(tmp_path, "b.jsonl", lines(many)))
     assert found.notes == ("columns not used: c0, c1, c2, c3, c4, c5, … 3 more",)
+
+
+def test_a_thought_that_is_not_used_is_offered_before_the_answer(tmp_path: Path) -> None:
+    row = {"question": "q", "reasoning": "so", "answer": "a"}
+    rows = read_rows(write(tmp_path, "a.jsonl", lines(row)))
+    flags = "--prompt-template '{question}' --answer-template '{reasoning}\\n{answer}'"
+    assert rows.notes == (f"columns not used: reasoning (to use one: {flags})",)
 
 
 def test_an_index_uses_the_columns_that_it_chooses_among(tmp_path: Path) -> None:

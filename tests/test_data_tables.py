@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,16 @@ def test_a_long_record_with_too_many_cells_is_one_row(tmp_path: Path) -> None:
 def test_blank_lines_before_the_names_of_columns_are_passed_over(tmp_path: Path) -> None:
     rows = read_rows(write(tmp_path, "a.csv", "\n,\nquestion,answer\nq,a\n"))
     assert told(rows) == [[("user", "q"), ("assistant", "a")]]
+
+
+def test_an_object_of_equally_long_columns_is_a_table(tmp_path: Path) -> None:
+    table = {"instruction": ["q", "r"], "input": ["", "m"], "output": ["a", "b"]}
+    rows = read_rows(write(tmp_path, "a.json", json.dumps(table)))
+    wanted = [[("user", "q"), ("assistant", "a")], [("user", "r\nm"), ("assistant", "b")]]
+    assert (rows.layout, told(rows)) == ("alpaca", wanted)
+    uneven = table | {"output": ["a"]}
+    with pytest.raises(DataError, match="'instruction' is not a text"):
+        read_rows(write(tmp_path, "b.json", json.dumps(uneven)))
 
 
 def test_quotes_that_make_every_line_be_read_again_are_refused(

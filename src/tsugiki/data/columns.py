@@ -12,27 +12,33 @@ from pathlib import Path
 from typing import Any
 
 from tsugiki.data.files import Record
-from tsugiki.data.layouts import INPUTS
+from tsugiki.data.layouts import INPUTS, SYSTEM
 from tsugiki.data.row import Row, RowProblem, column_names, pair, raw_text, text_of
 from tsugiki.errors import DataError, did_you_mean
 
 ASKING = (
-    "question", "prompt", "instruction", "query", "input", "source", "document", "title",
+    "question", "prompt", "instruction", "query", "input", "problem", "source", "document",
     "質問", "指示", "問題", "設問", "入力", "原文",
 )  # fmt: skip
 PLAINLY = ASKING[:5]  # words that say it by themselves: a column of that very name is the one
 ANSWERING = (
     "answer", "response", "completion", "output", "reply", "target", "summary", "sql", "code",
-    "translation", "chosen", "回答", "解答", "正解", "答え", "応答", "返答", "出力", "要約", "訳",
+    "translation", "chosen", "assistant",
+    "回答", "解答", "正解", "答え", "応答", "返答", "出力", "要約", "訳",
 )  # fmt: skip
 PLAINLY_ANSWERING = ANSWERING[:5]
-CLASSES = ("label", "class", "category", "score", "rating")  # answers that are numbers
+CLASSES = ("label", "class", "category")  # what texts are sorted by
+RATINGS = ("score", "rating")  # answers only where nothing else can be one
+THOUGHTS = {
+    "reasoning", "thought", "thoughts", "thinking", "cot", "rationale", "solution", "思考", "推論",
+}  # fmt: skip
 PREFERRED = ("chosen", "rejected")  # pairs of answers, one better than the other
-SYSTEM = ("system_prompt", "system", "システム")
-CONTEXT = ("context", "passage", "文脈")  # what a question is about: never the answer
+CONTEXT = ("context", "passage", "premise", "文脈")  # what a question is about: never the answer
 NUMBERING = re.compile(
     r"(.*[_\- ])?(id|ids|uuid|guid|idx|index|no|number)|q_?id|番号|.*[a-z]Id", re.I
 )
+BESIDE = re.compile(r"url|date|timestamp|lang|language|model|split|license", re.I)  # of no text
+MOST_ASKED = 3  # columns of one prompt that flags are proposed for
 FIELD = re.compile(r"\{([^{}\[\]]+)((?:\[[^\[\]]+\])*)\}")
 INDEX = re.compile(r"\[([^\[\]]+)\]")
 
@@ -164,44 +170,76 @@ def fill(template: str, value: Mapping[str, Any]) -> str:
 
 
 def propose(value: Mapping[str, Any]) -> tuple[str, ...]:
-    """Flags that read a row of unknown layout, by what its columns are called; () where none do."""
+    """Flags that read a row of unknown layout, by what its columns are called.
+
+    (): none. No flags are better than some that leave out a part of the question, or learn a wrong
+    answer.
+    """
     named = {str(k): v for k, v in value.items() if not is_numbering(str(k))}
+    named = {k: v for k, v in named.items() if not BESIDE.fullmatch(k)}
     if set(PREFERRED) <= named.keys():
         if not isinstance(named["chosen"], str) or not any(_near([k], PLAINLY) for k in named):
             return ()
         named = {k: v for k, v in named.items() if k == "chosen" or not _near([k], PREFERRED)}
-    system = next((k for k in SYSTEM if isinstance(named.get(k), str)), None)
-    if sum(isinstance(v, str) for v in named.values()) < 3:
-        system = None
-    named.pop(system or "", None)
-    plain = [k for k, v in named.items() if type(v) in (str, int, float)]
-    texts = [k for k in plain if isinstance(named[k], str)]
-    if not texts:
+    texts = [k for k, v in named.items() if isinstance(v, str)]
+    if len(named) == 1 and texts and not set("{},=") & set(texts[0]):
+        return "--columns", f"text={texts[0]}"
+    system = next((k for k in SYSTEM if k in texts and len(texts) > 2), "")
+    thought = next((k for k in texts if is_thought(k)), "")
+    texts = [k for k in texts if k not in (system, thought)]
+    asked, answer = _roles({k: v for k, v in named.items() if k not in (system, thought)}, texts)
+    if thought and not answer:
+        thought, answer = "", thought
+    if not answer or not 1 <= len(asked) <= MOST_ASKED:
         return ()
-    prompt = _named(texts, PLAINLY) or _near(texts, ASKING) or texts[0]
-    plain = [k for k in plain if k != prompt and not _near([k], CONTEXT)]
-    rest = [k for k in texts if k in plain]
-    held = _held(named)
+    return _flags(asked, [thought, answer] if thought else [answer], system)
+
+
+def _roles(named: Mapping[str, Any], texts: list[str]) -> tuple[list[str], str]:
+    """The columns of the question and the one of the answer; '' where none is plainly that."""
+    first = _named(texts, PLAINLY) or _near(texts, ASKING)
+    plain = [k for k, v in named.items() if type(v) in (str, int, float) and k != first]
+    others = [k for k in plain if not _near([k], CONTEXT)]  # of which one may be the answer
+    rest = [k for k in others if k in texts]
+    more = [k for k in texts if k != first and _near([k], (*CONTEXT, *INPUTS))]
+    sources = [k for k in texts if k != first and not _near([k], (*CLASSES, *RATINGS))]
+    start = [first] if first else []
     answer = (
-        _indexed(value, plain)
+        _indexed(named, others)
         or _named(rest, PLAINLY_ANSWERING)
         or _near(rest, ANSWERING)
-        or _near(held, ANSWERING)
-        or (rest[-1] if rest else None)
-        or _near(plain, CLASSES)
-        or (held[0] if held else None)
+        or _near(_held(named), ANSWERING)
     )
-    if answer is None and len(named) > 1:
-        return ()  # the other columns hold what no flag names
-    more = [k for k in texts if k not in (prompt, answer) and _near([k], (*CONTEXT, *INPUTS))]
+    if answer:
+        asked = [k for k in ([*start, *more] if first else sources) if k != answer]
+        several = any(_siblings(k, texts) for k in (answer, *start))  # as q1, a1, q2, a2
+        bodies = {_stem(k) for k in asked if k not in more and "title" not in k.lower()}
+        return ([] if several or (not first and len(bodies) > 1) else asked), answer
+    label = _near(rest, CLASSES) or _near(others, CLASSES)
+    if not label and len({_stem(k) for k in (*start, *sources)}) == 1:
+        label = _near(others, RATINGS)
+    if label:
+        return [*start, *sources], label
+    if first:
+        left = [k for k in sources if k not in more]
+        return [first, *more], left[0] if len(left) == 1 else ""
+    nested = any(isinstance(v, list | dict) for v in named.values())
+    if len(sources) != 2 or nested or _siblings(sources[0], texts) or set(SYSTEM) & set(sources):
+        return [], ""
+    return sources[:1], sources[1]
+
+
+def _flags(asked: list[str], answered: list[str], system: str) -> tuple[str, ...]:
+    """Flags that name these columns; () where a name cannot stand in them."""
     told = f"system={system}" if system else ""
-    if not set("{},=") & set(prompt + (answer or "")) and not more:
-        roles = f"text={prompt}" if answer is None else f"prompt={prompt},answer={answer}"
-        return "--columns", f"{roles},{told}" if told and answer is not None else roles
-    if answer is None or set("{}") & set("".join((prompt, answer, *more))):
+    names = "".join((*asked, *answered))
+    if len(asked) == len(answered) == 1 and not set("{},=") & set(names):
+        roles = f"prompt={asked[0]},answer={answered[0]}"
+        return "--columns", f"{roles},{told}" if told else roles
+    if set("{}") & set(names):
         return ()
-    asked = "\\n".join(f"{{{name}}}" for name in (prompt, *more))
-    flags = "--prompt-template", asked, "--answer-template", f"{{{answer}}}"
+    templates = ["\\n".join(f"{{{name}}}" for name in part) for part in (asked, answered)]
+    flags = "--prompt-template", templates[0], "--answer-template", templates[1]
     return (*flags, "--columns", told) if told else flags
 
 
@@ -219,12 +257,30 @@ def is_numbering(name: str) -> bool:
     return NUMBERING.fullmatch(name) is not None
 
 
+def is_thought(name: str) -> bool:
+    """Whether a column's name says that it holds what is thought before an answer."""
+    return not THOUGHTS.isdisjoint(_words(name))
+
+
 def answers(name: str) -> bool:
     """Whether a column's name says that it answers the others, as a word of its own."""
-    words = re.split(r"[^a-z0-9]+", name.lower()) if name.isascii() else [name]
-    return not {"score", "rating", "code"} & set(words) and any(
+    words = _words(name)
+    return not {*RATINGS, "code"} & set(words) and any(
         word in (*ANSWERING, *CLASSES) for word in words
     )
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[^a-z0-9]+", name.lower()) if name.isascii() else [name]
+
+
+def _stem(name: str) -> str:
+    return name.rstrip("0123456789")
+
+
+def _siblings(name: str, names: list[str]) -> bool:
+    """Whether a numbered column is one of several, as answer1 beside answer2."""
+    return _stem(name) != name and any(k != name and _stem(k) == _stem(name) for k in names)
 
 
 def _held(value: Mapping[str, Any]) -> list[str]:
@@ -246,9 +302,10 @@ def _indexed(value: Mapping[str, Any], plain: list[str]) -> str | None:
     if index is None:
         return None
     for name in value:
-        stem = str(name).rstrip("0123456789")
+        stem = _stem(name)
         indexed = isinstance(value[name], list | dict) or f"{stem}{value[index]}" in value
-        if indexed and stem not in ("", index):
+        asking = any(isinstance(v, str) and _stem(k) not in (stem, index) for k, v in value.items())
+        if indexed and asking and stem not in ("", index):
             return f"{stem}[{index}]"
     return None
 

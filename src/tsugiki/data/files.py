@@ -218,7 +218,10 @@ def _json(path: Path) -> Iterator[Record | Skipped | Note]:
         raise DataError(f"{path}: {error}", fix="mend the file: it is read as one value") from None
     if isinstance(value, dict):
         holder = next((key for key in HOLDERS if isinstance(value.get(key), list)), None)
-        if holder is None or "messages" in value or _is_dialogue(value[holder]):
+        table = tables.rows_of_columns(value)
+        if table:
+            value = table
+        elif holder is None or "messages" in value or _is_dialogue(value[holder]):
             value = [value]
         else:
             yield from _other_lists(path, value, holder)

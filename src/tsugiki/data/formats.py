@@ -1,7 +1,7 @@
 """Files of rows → conversations, each row by its own layout, with a reason for each one skipped.
 
-Layouts: messages (OpenAI), ShareGPT, alpaca, prompt/completion, question/answer, text; any other by
-`--columns` or templates. Knows no tokenizer.
+Layouts: messages (OpenAI), ShareGPT and other lists of turns, alpaca, prompt/completion,
+question/answer, text; any other by `--columns` or templates. Knows no tokenizer.
 """
 
 from __future__ import annotations
@@ -143,6 +143,9 @@ def _nothing(path: Path, skipped: list[Skipped], unknown: dict[str, Any] | None)
     if unknown is not None:
         flags = () if is_tree(unknown) else propose(unknown)
         fix = "make each row an object with a prompt and an answer, as texts"
+        if sum(isinstance(held, str) for held in unknown.values()) > 1:
+            named = "--prompt-template 'Q: {COLUMN}' --answer-template '{COLUMN}'"
+            fix = f"say which columns are which: {named}; or {fix}"
         if is_tree(unknown):
             fix = "each row is one message: join it with its parents, by parent_id, as messages"
         elif "rejected" in unknown:
@@ -150,8 +153,8 @@ def _nothing(path: Path, skipped: list[Skipped], unknown: dict[str, Any] | None)
         raise DataError(
             f"{path}: the layout of these rows is not known",
             got=column_names(unknown),
-            allowed="messages; conversations; instruction/input/output; prompt/completion; "
-            "question/answer; text",
+            allowed="messages; conversations; conversation; dialogue; instruction/input/output; "
+            "prompt/completion; question/answer; text",
             fix=None if flags else fix,
             flags=flags,
         )

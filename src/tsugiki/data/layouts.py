@@ -5,13 +5,16 @@ Knows one record at a time; no files, no templates and no tokenizer.
 
 from __future__ import annotations
 
+import ast
+import json
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from tsugiki.data.files import Record, parse
 from tsugiki.data.row import Message, Row, RowProblem, column_names, pair, raw_text, text_of
-from tsugiki.data.turns import conversation, earlier, holds, spoken
+from tsugiki.data.turns import conversation, earlier, holds, is_turn, spoken, text_of_parts
 
 PAIRS: dict[str, tuple[str, str]] = {
     "alpaca": ("instruction", "output"),
@@ -26,24 +29,40 @@ PAIRS: dict[str, tuple[str, str]] = {
     "質問/回答": ("質問", "回答"),
     "text/output": ("text", "output"),
 }
-LISTS = {"messages": "messages", "sharegpt": "conversations"}
+LISTS = {
+    "messages": "messages", "sharegpt": "conversations", "conversation": "conversation",
+    "dialogue": "dialogue", "dialog": "dialog", "contents": "contents", "data": "data",
+}  # fmt: skip
+OWN = ("messages", "sharegpt")  # a list of any kind under these names is meant as turns
+VAGUE = ("contents", "data")  # names of much else: a text under them is none
 MORE = ("input", "context", "入力", "文脈")  # columns that belong to the question and follow it
 INPUTS = ("input", "入力")
 INSTRUCTIONS = ("instruction", "指示")
+SYSTEM = (
+    "system", "system_prompt", "system_message", "systemInstruction", "system_instruction",
+    "システム",
+)  # fmt: skip
 OBJECTS = re.compile(r"\s*\[\s*\{")  # a list of objects or of lists as JSON text
 PAIRED = re.compile(r"\s*\[\s*\[")
+PYTHON_LIMIT = 1 << 20  # characters of a list as Python writes it
 
 
 def detect(value: Mapping[str, Any]) -> str | None:
     """The layout of one record by its columns, or None."""
     for name, column in LISTS.items():
         held = value.get(column)
-        if isinstance(held, list) or (isinstance(held, str) and OBJECTS.match(held)):
+        if name not in VAGUE and isinstance(held, str) and OBJECTS.match(held):
+            return name
+        if isinstance(held, list) and (name in OWN or is_turn(next(iter(held), None))):
             return name
     for name, (prompt, answer) in PAIRS.items():
         if prompt not in value or answer not in value:
             continue
-        if name != "text/output" or not isinstance(value[answer], list | dict):
+        nested = isinstance(value[answer], list | dict)
+        if name != "text/output" or not nested or _alternating(value[prompt], value[answer]):
+            return name
+    for name, column in LISTS.items():
+        if isinstance(value.get(column), list) and spoken(value[column]) is not value[column]:
             return name
     return "text" if "text" in value and not is_tree(value) else None
 
@@ -66,27 +85,11 @@ def by_layout(record: Record, layout: str) -> tuple[Row, tuple[str, ...]]:
         if not isinstance(value.get("text"), str | None):
             raise RowProblem("the column 'text' is not a text")
         return raw_text(text_of(value, "text"), record.source), ("text",)
-    prompt, answer = PAIRS[layout]
-    asked = value.get(prompt)
-    if isinstance(asked, list) and all(isinstance(turn, dict) for turn in asked):
-        answered = value.get(answer)  # prompts and completions given as turns
-        if not isinstance(answered, list):
-            raise RowProblem("the prompt is a list of turns and the answer is not")
-        row = Row(conversation([*asked, *answered]), None, record.source)
-        return row, (prompt, answer)
-    more = _more(value, prompt)
-    history = _history(value)
-    row = pair(
-        text_of(value, prompt),
-        text_of(value, answer),
-        value.get("system"),
-        record.source,
-        more="\n".join(text_of(value, name) for name in more),
-        history=history,
-        instruction=prompt in INSTRUCTIONS,
-    )
-    optional = ("system",) if isinstance(value.get("system"), str) else ()
-    return row, (prompt, *more, answer, *optional, *(("history",) if history else ()))
+    if layout == "prompt/completion" and value.get("label") is False:  # as KTO's rows have it
+        raise RowProblem("'label' is false: the completion is not one to learn")
+    row, used = _paired(record, *PAIRS[layout])
+    judged = layout == "prompt/completion" and value.get("label") is True
+    return row, (*used, "label") if judged else used
 
 
 def shown(layout: str, used: set[str]) -> str:
@@ -107,23 +110,74 @@ def turns_of(value: Mapping[str, Any], layout: str) -> list[Any]:
     found = _parsed(value, key, OBJECTS)
     if not isinstance(found, list):
         raise RowProblem(f"no list {key!r}, as the rows before it have ({column_names(value)})")
-    return spoken(found) if layout == "sharegpt" else found
+    return spoken(found)
+
+
+def _paired(record: Record, prompt: str, answer: str) -> tuple[Row, tuple[str, ...]]:
+    value = record.value
+    asked, answered = value.get(prompt), value.get(answer)
+    turns = _alternating(asked, answered)
+    if not turns and isinstance(asked, list) and all(isinstance(turn, dict) for turn in asked):
+        if not isinstance(answered, list):
+            raise RowProblem("the prompt is a list of turns and the answer is not")
+        turns = [*asked, *answered]
+    if turns:
+        messages, system = _led(conversation(turns), value)
+        return Row(messages, None, record.source), (prompt, answer, *system)
+    more = _more(value, prompt)
+    history = _history(value)
+    system_column, system_prompt = _system(value)
+    row = pair(
+        text_of(value, prompt),
+        text_of(value, answer),
+        system_prompt,
+        record.source,
+        more="\n".join(text_of(value, name) for name in more),
+        history=history,
+        instruction=prompt in INSTRUCTIONS,
+    )
+    optional = (system_column, "history" if history else "")
+    return row, (prompt, *more, answer, *filter(None, optional))
 
 
 def _listed(record: Record, layout: str) -> tuple[Row, tuple[str, ...]]:
     value = record.value
-    messages = conversation(turns_of(value, layout))
-    used = [LISTS[layout], "tools"]
-    if layout == "sharegpt" and isinstance(value.get("system"), str):
-        used.append("system")
-        if value["system"]:
-            messages = (Message("system", value["system"]), *messages)
+    messages, system = _led(conversation(turns_of(value, layout)), value)
+    used = (LISTS[layout], "tools", *system)
     tools = _parsed(value, "tools", re.compile(r"\s*\S"))  # as text in some data sets
     if not isinstance(tools, list):
-        return Row(messages, None, record.source), tuple(used)
+        return Row(messages, None, record.source), used
     if not all(isinstance(tool, dict) for tool in tools):
         raise RowProblem("the column 'tools' is not a list of objects")
-    return Row(messages, None, record.source, tuple(tools)), tuple(used)
+    return Row(messages, None, record.source, tuple(tools)), used
+
+
+def _led(
+    messages: tuple[Message, ...], value: Mapping[str, Any]
+) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    """The turns, after a column's system prompt where they have none, and that column."""
+    name, text = _system(value)
+    if not name or any(turn.role == "system" for turn in messages):
+        return messages, ()
+    return (Message("system", text), *messages), (name,)
+
+
+def _system(value: Mapping[str, Any]) -> tuple[str, str]:
+    """The column that holds a system prompt and its text; '' twice where none does."""
+    for name in SYSTEM:
+        held = value.get(name)
+        text = held if isinstance(held, str) else text_of_parts(held)
+        if text:
+            return name, text
+    return "", ""
+
+
+def _alternating(asked: Any, answered: Any) -> list[Any]:
+    """Turns of a list of questions and one of as many answers; [] where they are not that."""
+    both = isinstance(asked, list) and isinstance(answered, list) and len(asked) == len(answered)
+    texts = [text for pair in zip(asked, answered, strict=True) for text in pair] if both else []
+    turns = spoken(texts)
+    return turns if turns is not texts else []
 
 
 def _parsed(value: Mapping[str, Any], name: str, like: re.Pattern[str]) -> Any:
@@ -134,7 +188,19 @@ def _parsed(value: Mapping[str, Any], name: str, like: re.Pattern[str]) -> Any:
     try:
         return parse(found)
     except ValueError as error:
-        raise RowProblem(f"the column {name!r} is {error}") from None
+        try:
+            return _as_python_writes(found)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            raise RowProblem(f"the column {name!r} is {error}") from None
+
+
+def _as_python_writes(text: str) -> Any:
+    """A value as pandas writes it into a table: Python's literals, of what JSON has too."""
+    if len(text) > PYTHON_LIMIT:
+        raise ValueError("too long")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of backslashes in texts
+        return parse(json.dumps(ast.literal_eval(text)))
 
 
 def _more(value: Mapping[str, Any], prompt: str) -> list[str]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import csv
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 UNCLOSED = "a quote opens in this line and is not closed"
 REST = "a quote without its other half, after a line that could not be read"
@@ -75,6 +76,17 @@ def split(lines: Iterator[tuple[int, str]], delimiter: str) -> Iterator[Cells]:
             width = width or len(cells)
         broken = problem is not None and sum(text.count('"') for _, text in taken) % 2 == 1
         yield Cells(taken[0][0], taken[-1][0], cells, problem)
+
+
+def rows_of_columns(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an object of equally long columns, as tables are kept as JSON; [] of others."""
+    columns = list(table.values())
+    if len(columns) < 2 or not all(isinstance(column, list) for column in columns):
+        return []
+    objects = any(isinstance(cell, dict) for column in columns for cell in column)
+    if objects or len({len(column) for column in columns}) > 1:
+        return []
+    return [dict(zip(table, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 
 def _feed(

@@ -1,6 +1,7 @@
 """One turn of a conversation as people store it → a message, and which answers are trained.
 
-OpenAI's and ShareGPT's keys, LLaMA-Factory's function calls. Knows no rows and no tokenizer.
+OpenAI's, ShareGPT's and Google's keys, LLaMA-Factory's function calls. Knows no rows and no
+tokenizer.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from tsugiki.data.row import CALLS, THOUGHTS, Message, RowProblem, answer_of, co
 
 CALLING = "function_call"  # LLaMA-Factory's role of a turn whose text is the call as JSON
 ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user", "prompter": "user",
+    "system": "system", "developer": "system", "システム": "system",
+    "user": "user", "human": "user", "prompter": "user", "ユーザー": "user", "人": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant",
-    "chatgpt": "assistant", CALLING: "assistant",
-    "tool": "tool", "function": "tool", "observation": "tool",
+    "chatgpt": "assistant", "ai": "assistant", "アシスタント": "assistant", CALLING: "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
 }  # fmt: skip
 KEPT = (CALLS, "name", "tool_call_id", *THOUGHTS)  # for the chat template
-READ = {"role", "from", "content", "value", "weight", CALLING, *KEPT}
+SPEAKERS = ("role", "from", "speaker")  # the first that a turn has
+WORDS = ("content", "value", "text", "parts")
 
 
 def conversation(items: list[Any]) -> tuple[Message, ...]:
@@ -44,26 +46,26 @@ def message(item: Any, number: int) -> Message:
     """One turn; raises RowProblem that names it by its number."""
     if not isinstance(item, dict):
         raise RowProblem(f"turn {number} is not an object")
-    said = item.get("role", item.get("from"))
+    said = item.get(_first(item, SPEAKERS))
     if said is None:
         raise RowProblem(f"turn {number} has no role ({column_names(item)})")
     name = said.strip().lower() if isinstance(said, str) else ""
     if name not in ROLES:
         raise RowProblem(f"turn {number}: unknown role {str(said)[:40]!r}")
     role = ROLES[name]
-    content = item.get("content", item.get("value"))
+    content = item.get(_first(item, WORDS))
     extra = {key: item[key] for key in KEPT if item.get(key)}
     if name == CALLING:
         extra[CALLS], content = _calls(content, number), ""
     elif item.get(CALLING) and not extra.get(CALLS):  # OpenAI's older key
         extra[CALLS] = _calls(item[CALLING], number)
-    if role == "tool" and isinstance(content, list | dict) and not _is_parts(content):
-        content = json.dumps(content, ensure_ascii=False)
-    if isinstance(content, list):  # OpenAI's text parts
-        kinds = {p.get("type") if isinstance(p, dict) else None for p in content}
-        if kinds != {"text"}:
+    if isinstance(content, list | dict):
+        told = text_of_parts(content) if isinstance(content, list) else None
+        if told is None and role == "tool":
+            told = json.dumps(content, ensure_ascii=False)
+        if told is None:
             raise RowProblem(f"turn {number}: only text parts are supported")
-        content = "".join(str(p.get("text", "")) for p in content)
+        content = told
     calls = extra.get(CALLS)
     if calls:
         if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
@@ -91,8 +93,24 @@ def unread_keys(items: list[Any]) -> list[str]:
         for item in items
         if isinstance(item, dict)
         for key, held in item.items()
-        if key not in READ and holds(held)
+        if key not in (_first(item, SPEAKERS), _first(item, WORDS), "weight", CALLING, *KEPT)
+        and holds(held)
     ]
+
+
+def is_turn(item: Any) -> bool:
+    """Whether it says who speaks, or holds a question and its answer."""
+    spoken_by = isinstance(item, dict) and not item.keys().isdisjoint(SPEAKERS)
+    return spoken_by or _is_round(item)
+
+
+def text_of_parts(parts: Any) -> str | None:
+    """The text of parts as OpenAI, Google and Amazon have them; None where they are not texts."""
+    if isinstance(parts, dict):
+        parts = parts.get("parts")
+    if not isinstance(parts, list) or not parts or not all(_is_text(part) for part in parts):
+        return None
+    return "".join(part.get("text", "") for part in parts)
 
 
 def holds(value: Any) -> bool:
@@ -111,15 +129,13 @@ def earlier(pairs: list[Any]) -> tuple[Message, ...]:
 
 
 def spoken(items: list[Any]) -> list[Any]:
-    """Texts alone, as LIMA has them, as a user's and an assistant's in turn; others as they are."""
+    """Texts alone, as LIMA has them, as a user's and an assistant's in turn, and rounds of input
+    and output, as Capybara has them, as two turns each; others as they are."""
+    if items and all(_is_round(item) for item in items):
+        return [turn for item in items for turn in _round(item)]
     if len(items) < 2 or not all(isinstance(item, str) for item in items):
         return items
     return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(items)]
-
-
-def _is_parts(content: Any) -> bool:
-    """Whether it is OpenAI's list of parts."""
-    return isinstance(content, list) and all(isinstance(p, dict) and "type" in p for p in content)
 
 
 def _wrapped(call: dict[str, Any]) -> dict[str, Any]:
@@ -139,6 +155,31 @@ def _wrapped(call: dict[str, Any]) -> dict[str, Any]:
     except ValueError:
         return call  # no JSON: the template is given the text
     return {**call, "function": {**inner, "arguments": held}} if isinstance(held, dict) else call
+
+
+def _first(item: Mapping[str, Any], keys: tuple[str, ...]) -> str:
+    return next((key for key in keys if item.get(key) is not None), keys[0])
+
+
+def _is_round(item: Any) -> bool:
+    keys = item.keys() if isinstance(item, dict) else set()
+    return {"input", "output"} <= keys and keys.isdisjoint(SPEAKERS)
+
+
+def _round(item: Mapping[str, Any]) -> list[dict[str, Any]]:
+    asked = {"role": "user", "content": item["input"]}
+    answered = {"role": "assistant", "content": item["output"]}
+    system = [{"role": "system", "content": item["system"]}] if item.get("system") else []
+    return [*system, asked, answered]
+
+
+def _is_text(part: Any) -> bool:
+    """Whether a part is of type text, or has no type and nothing but a text."""
+    if not isinstance(part, dict) or not isinstance(part.get("text", ""), str):
+        return False
+    if part.get("type") is not None:
+        return bool(part["type"] == "text")
+    return "text" in part and all(key == "text" or not holds(part[key]) for key in part)
 
 
 def _calls(text: Any, number: int) -> list[dict[str, Any]]:

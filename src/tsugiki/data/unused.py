@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tsugiki.data.columns import answers, is_numbering
-from tsugiki.data.layouts import LISTS, PAIRS, turns_of
+from tsugiki.data.columns import answers, is_numbering, is_thought
+from tsugiki.data.layouts import LISTS, PAIRS, SYSTEM, turns_of
 from tsugiki.data.turns import holds, unread_keys
 
 MOST_NAMED = 6
@@ -54,12 +54,16 @@ def _flags(name: str, used: Sequence[str], layout: str) -> str:
     if layout not in PAIRS or "history" in used or any(set("{}[]") & set(n) for n in (name, *used)):
         return ""
     answer = PAIRS[layout][1]
-    asked = [*used[: used.index(answer)], name]
-    template = "\\n".join(f"{{{column}}}" for column in asked)
-    system = " --columns system=system" if "system" in used else ""
+    asked, answered = used[: used.index(answer)], [answer]
+    if is_thought(name):
+        answered = [name, answer]
+    else:
+        asked = [*asked, name]
+    prompt, learnt = ("\\n".join(f"{{{column}}}" for column in p) for p in (asked, answered))
+    named = next((column for column in used if column in SYSTEM), None)
+    system = f" --columns system={named}" if named else ""
     return (
-        f"--prompt-template {shlex.quote(template)} "
-        f"--answer-template {shlex.quote(f'{{{answer}}}')}{system}"
+        f"--prompt-template {shlex.quote(prompt)} --answer-template {shlex.quote(learnt)}{system}"
     )
 
 
