@@ -42,7 +42,7 @@ def test_templates_that_name_no_column_are_refused(tmp_path: Path) -> None:
 UNKNOWN: dict[str, tuple[dict[str, object], list[object]]] = {
     "a label": (
         {"q_id": 0, "question": "which?", "choice0": "a", "choice1": "b", "label": 1},
-        [("user", "which?"), ("assistant", "b")],
+        [("user", "which?\na\nb"), ("assistant", "b")],
     ),
     "Japanese": (
         {"番号": 1, "出した指示": "訳せ", "その入力": "犬", "正しい回答": "yes", "出典": "x"},
@@ -82,7 +82,7 @@ UNKNOWN: dict[str, tuple[dict[str, object], list[object]]] = {
     ),
     "a premise": (
         {"premise": "p", "choice1": "a", "choice2": "b", "question": "q", "label": 2},
-        [("user", "q\np"), ("assistant", "b")],
+        [("user", "q\np\na\nb"), ("assistant", "b")],
     ),
     "a solution and its answer": (
         {"problem": "q", "generated_solution": "so", "expected_answer": "a"},
@@ -143,7 +143,7 @@ def test_an_unknown_layout_shows_the_columns_and_flags_that_work(tmp_path: Path,
         prompt_template=flags.get("--prompt-template"),
         answer_template=flags.get("--answer-template"),
     ).rows
-    assert [(m.role, m.content) for m in found.messages] or [found.text] == wanted
+    assert ([(m.role, m.content) for m in found.messages] or [found.text]) == wanted
 
 
 def test_blanks_around_a_columns_name_are_not_part_of_it(tmp_path: Path) -> None:

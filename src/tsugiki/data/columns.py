@@ -192,6 +192,7 @@ def propose(value: Mapping[str, Any]) -> tuple[str, ...]:
         thought, answer = "", thought
     if not answer or not 1 <= len(asked) <= MOST_ASKED:
         return ()
+    asked += [k for k in texts if answer.startswith(f"{_stem(k)}[")]  # the choices, to choose from
     return _flags(asked, [thought, answer] if thought else [answer], system)
 
 
