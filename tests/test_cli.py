@@ -257,6 +257,8 @@ def test_held_out_rows_of_their_own_are_shown(place: Path) -> None:
     )
     assert "30 to train, 1 held out" in done.stdout
     assert "held.jsonl:2" in done.stdout
+    assert done.stdout.count("--strict stops at the first") == 1, "what to do, once"
+    assert done.stdout.rstrip().endswith("data check again")
 
 
 def test_yaml_keys(place: Path) -> None:
@@ -314,6 +316,16 @@ def test_every_flag_of_the_guide_is_there() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_valid(name: str) -> None:
     assert isinstance(build_config(preset(name)), RunConfig)
+
+
+def test_the_script_guides_presets_take_its_warm_up() -> None:
+    for name, (_, settings) in PRESETS.items():
+        train = settings["train"]
+        assert train.get("warmup_ratio") == (None if name in ("qlora", "textbook") else 0.3), name
+        assert "learning_rate" in train, name
+    assert preset("light")["train"]["gradient_accumulation_steps"] == 16
+    assert (preset("code-long")["train"]["epochs"], preset("chat")["train"]["epochs"]) == (5, 3)
+    assert preset("memory-over-16gb")["train"]["batch_size"] == 4
 
 
 def test_a_presets_misspelling() -> None:
