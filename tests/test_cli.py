@@ -121,7 +121,11 @@ BAD = {
     "r = 0": (["train", "rows.jsonl", "--lora-r", "0"], "--lora-r"),
     "alpha < 0": (["train", "rows.jsonl", "--lora-alpha", "-1"], "--lora-alpha"),
     "lr = nan": (["train", "rows.jsonl", "--learning-rate", "nan"], "--learning-rate"),
-    "unknown flag": (["train", "rows.jsonl", "--lora-rank", "3"], "--lora-r"),
+    "unknown flag": (["train", "rows.jsonl", "--lora-rank", "3"], "did you mean --lora-r?"),
+    "flag of no verb": (["generate", "hi", "--zzz"], "tsugiki generate --help lists them"),
+    "base": (["generate", "hi", "--base"], "did you mean --base-only?"),
+    "chat's base": (["chat", "--base"], "did you mean --base-only?"),
+    "scheduler": (["train", "rows.jsonl", "--scheduler", "cosin"], "fix:     --scheduler cosine"),
     "unknown preset": (["train", "rows.jsonl", "--preset", "chta"], "--preset chat"),
     "context": (["train", "rows.jsonl", "--model", "model", "--max-length", "9999"], "2…256"),
     "target": (["train", "rows.jsonl", "--model", "model", "--targets", "q_porj"], "q_proj"),
@@ -253,67 +257,20 @@ def test_held_out_rows_of_their_own_are_shown(place: Path) -> None:
     )
     assert "30 to train, 1 held out" in done.stdout
     assert "held.jsonl:2" in done.stdout
+    assert done.stdout.count("--strict stops at the first") == 1, "what to do, once"
+    assert done.stdout.rstrip().endswith("data check again")
 
 
 def test_yaml_keys(place: Path) -> None:
-    (place / "run.yaml").write_text("lora: {rr: 4}\ntrian: {}\n")
+    (place / "run.yaml").write_text("lora:\n  alhpa: 4\ntrian: {}\n")
     done = run(place, "train", "rows.jsonl", "--config", "run.yaml")
     assert done.returncode == 2
-    assert "did you mean 'r'?" in done.stderr
-    assert "did you mean 'train'?" in done.stderr
+    assert "run.yaml:2: unknown setting 'lora.alhpa'; did you mean lora.alpha?" in done.stderr
+    assert "run.yaml:3: unknown setting 'trian'; did you mean train?" in done.stderr
     (place / "twice.yaml").write_text("train:\n  epochs: 3\n  epochs: 4\n")
     done = run(place, "train", "rows.jsonl", "--config", "twice.yaml")
     assert done.returncode == 2
-    assert "'epochs' is given twice" in done.stderr
-    assert "line 3" in done.stderr
-
-
-MISTAKEN = {
-    "yes as seed": ("train: {seed: yes}", "--seed (train.seed): takes a whole number, not yes or"),
-    "yes as patience": (
-        "train: {early_stopping: true}",
-        "--early-stopping (train.early_stopping):",
-    ),
-    "yes as epochs": ("train: {epochs: true}", "(train.epochs): takes a number, not yes or no"),
-    "flag": ("lora_r: 8", "did you mean lora.r?"),
-    "flag with dashes": ("lora-alpha: 8", "did you mean lora.alpha?"),
-    "no section": ("learning_rate: 5e-5", "did you mean train.learning_rate?"),
-    "other section": ("train: {lora_dropout: 0}", "did you mean lora.dropout?"),
-    "far": ("train: {zzzz: 0}", "known: method, epochs"),
-    "a section": (
-        "model: ./base",
-        "model is a section of settings (got './base'); did you mean mo",
-    ),
-    "columns": ("data: {columns: prompt}", "takes a list of role=column"),
-    "roles": ("data: {columns: {prompt: a, ansewr: b}}", "roles: prompt, answer, system, text"),
-    "day": ("data: {template_date: 20261130}", "takes a day such as 2026-11-30"),
-}
-
-
-@pytest.mark.parametrize("case", MISTAKEN)
-def test_what_yaml_takes_and_what_was_meant(tmp_path: Path, case: str) -> None:
-    text, said = MISTAKEN[case]
-    (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(UsageError) as caught:
-        build_config(read_yaml(tmp_path / "c.yaml"))
-    assert said in str(caught.value)
-
-
-def test_yaml_takes_what_flags_take(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text(
-        'lora: {targets: "q_proj, v_proj"}\ntrain: {sample_prompt: hi, learning_rate: 5e-5}\n'
-        'data: {columns: "prompt=q, answer=c[label]", template_date: 2026-11-30}\n'
-    )
-    config = build_config(read_yaml(tmp_path / "c.yaml"))
-    assert config.lora.targets == ("q_proj", "v_proj")
-    assert (config.train.sample_prompt, config.train.learning_rate) == (("hi",), 5e-5)
-    assert config.data.columns == {"prompt": "q", "answer": "c[label]"}
-    assert str(config.data.template_date) == "2026-11-30"
-    (tmp_path / "again.yaml").write_text(config.to_yaml())
-    assert build_config(read_yaml(tmp_path / "again.yaml")) == config
-    flags = {"lora": {"targets": "k_proj,"}, "data": {"columns": "text=t"}}
-    config = build_config(read_yaml(tmp_path / "c.yaml"), flags)
-    assert (config.lora.targets, config.data.columns) == (("k_proj",), {"text": "t"})
+    assert "twice.yaml:3: not valid YAML: 'epochs' is given twice" in done.stderr
 
 
 def test_precedence() -> None:
@@ -359,6 +316,16 @@ def test_every_flag_of_the_guide_is_there() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_valid(name: str) -> None:
     assert isinstance(build_config(preset(name)), RunConfig)
+
+
+def test_the_script_guides_presets_take_its_warm_up() -> None:
+    for name, (_, settings) in PRESETS.items():
+        train = settings["train"]
+        assert train.get("warmup_ratio") == (None if name in ("qlora", "textbook") else 0.3), name
+        assert "learning_rate" in train, name
+    assert preset("light")["train"]["gradient_accumulation_steps"] == 16
+    assert (preset("code-long")["train"]["epochs"], preset("chat")["train"]["epochs"]) == (5, 3)
+    assert preset("memory-over-16gb")["train"]["batch_size"] == 4
 
 
 def test_a_presets_misspelling() -> None:

@@ -102,6 +102,18 @@ def test_the_newest_adapter_answers(home: Path, capsys: pytest.CaptureFixture[st
     assert answer["tokens"] <= 8
 
 
+def test_the_newest_adapter_may_lie_right_here(tmp_path: Path) -> None:
+    """As `train --output r1` leaves it; what is being written is passed over."""
+    assert newest_adapter(tmp_path) is None
+    for age, folder in enumerate(("runs/a/adapter", "r1/adapter", "mine", ".r2.x.tmp/adapter")):
+        (tmp_path / folder).mkdir(parents=True)
+        config = tmp_path / folder / "adapter_config.json"
+        config.touch()
+        os.utime(config, (1000 + age, 1000 + age))
+        expected = "mine" if folder.startswith(".") else folder
+        assert newest_adapter(tmp_path) == tmp_path / expected
+
+
 def test_adapters_by_name_and_the_base(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = home / "runs"
     who = Who(adapters=(f"one={runs / 'first' / 'adapter'}", str(runs / "second")))

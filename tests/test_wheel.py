@@ -45,10 +45,12 @@ def test_it_asks_for_the_lowest_torch_tested_and_installs_none(wheel: Path) -> N
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = (n for n in names if n.endswith("METADATA"))
-        asked = re.findall(r"Requires-Dist: (torch\S*)\n", archive.read(metadata).decode())
+        said = archive.read(metadata).decode()
+        asked = re.findall(r"Requires-Dist: (torch\S*)\n", said)
     pinned = re.search(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
     assert pinned is not None
     assert asked == [f"torch>={pinned[1].rpartition('.')[0]}"], "a range, from what was tested"
+    assert re.search(r"Requires-Dist: pyarrow>=\d+\n", said), "Parquet needs no extra"
     for needed in ("models/sprout/model.safetensors", "demo/train.jsonl", "py.typed"):
         assert f"tsugiki/{needed}" in names
     report = json.loads(

@@ -20,7 +20,7 @@ from tsugiki.config import RunConfig, build_config, read_yaml
 from tsugiki.doctor import doctor
 from tsugiki.errors import TsugikiError, UsageError
 from tsugiki.export_verb import export
-from tsugiki.flags import Accept, EvalData, Json, Model, NoVerify, Untie, with_config_flags
+from tsugiki.flags import Accept, EvalData, Json, Model, NoVerify, Untie, Verbs, with_config_flags
 from tsugiki.presets import PRESETS, preset
 from tsugiki.quantizing import quantize_base
 from tsugiki.stopping import stoppable, verify_command
@@ -29,6 +29,7 @@ from tsugiki.terminal import Terminal
 
 app = typer.Typer(
     name="tsugiki",
+    cls=Verbs,
     help="LoRA for the whole life of an adapter, on the machine you have.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -9,6 +9,7 @@ Precedence: flag > `--config` file > `--preset` > chosen default.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 from collections.abc import Callable
@@ -30,14 +31,16 @@ from pydantic import (
 from tsugiki import spellings
 from tsugiki.errors import UsageError
 from tsugiki.files import parse_bytes, parse_yaml
-from tsugiki.mistakes import explain
+from tsugiki.mistakes import FromFile, Known, Place, lines_of, origin, refusal
 
 TrainOn = Literal["assistant", "last", "everything"]
 Long = Literal["skip", "window", "split"]
 Method = Literal["lora", "full"]
 Scheduler = Literal["cosine", "linear", "constant"]
 Compute = Literal["bf16", "int8"]
-DType = Literal["auto", "float32", "bfloat16", "float16"]
+DType = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(spellings.dtype)
+]
 Quantize = Literal["none", "nf4", "int8"]
 Checkpointing = Literal["auto", "always", "never"]
 Optimizer = Annotated[
@@ -71,9 +74,14 @@ Seed = Annotated[int, _holds(lambda x: 0 <= x < 1 << 63, "must be at least 0 and
 Size = Annotated[str, _holds(lambda x: parse_bytes(x) >= 0, "must be a size")]
 
 
-def option(flag: str, text: str, default: Any = None) -> Any:
-    """A field that is also a command-line flag, with the same help text everywhere."""
-    return Field(default=default, description=text, json_schema_extra={"flag": flag})
+def option(flag: str, text: str, default: Any = None, *, works: Any = None) -> Any:
+    """A field that is also a command-line flag, with the same help text everywhere.
+
+    Args:
+        works: a value to propose where the user's makes no sense, if the default is none.
+    """
+    extra = {"flag": flag, "works": default if works is None else works}
+    return Field(default=default, description=text, json_schema_extra=extra)
 
 
 class Section(BaseModel):
@@ -111,6 +119,7 @@ class ModelConfig(Section):
         "--quantize",
         "keep the frozen projections in few bits: nf4 (QLoRA, 4 bits), int8 or none",
         "none",
+        works="nf4",
     )
 
 
@@ -120,10 +129,15 @@ class DataConfig(Section):
     path: Path | None = option("--data", "file or folder: JSONL, JSON, CSV, TSV, Parquet, text")
     eval_data: Path | None = option("--eval-data", "held-out rows in a file of their own")
     eval_ratio: Share | None = option(
-        "--eval-ratio", "share of rows held out (0 for none); default 0.1, at most 200 rows"
+        "--eval-ratio",
+        "share of rows held out (0 for none); default 0.1, at most 200 rows",
+        works=0.1,
     )
     columns: Columns = option(
-        "--columns", "what columns hold: prompt=question,answer=choice[label]; text=story", {}
+        "--columns",
+        "what columns hold: prompt=question,answer=choice[label]; text=story",
+        {},
+        works="prompt=question,answer=answer",
     )
     prompt_template: str | None = option(
         "--prompt-template", "prompt made of columns, e.g. 'Q: {question}'"
@@ -139,11 +153,12 @@ class DataConfig(Section):
         "--template-date",
         "day that a chat template prints which prints the day, such as 2026-11-30; "
         "default: the day on which the run begins",
+        works="2026-11-30",
     )
     train_on: TrainOn = option(
         "--train-on", "assistant: every answer; last: the last one; everything", "assistant"
     )
-    max_length: Tokens | None = option("--max-length", "longest example in tokens")
+    max_length: Tokens | None = option("--max-length", "longest example in tokens", works=512)
     long: Long | None = option(
         "--long", "longer rows: skip, window (drop the oldest context), split (raw text)"
     )
@@ -154,8 +169,8 @@ class LoraConfig(Section):
     """The adapter: rank, scale, which projections (Hu et al. 2021, arXiv:2106.09685)."""
 
     r: Count = option("--lora-r", "rank of the adapter", 16)
-    alpha: Positive | None = option("--lora-alpha", "scale is alpha / r; default 2·r")
-    dropout: Share = option("--lora-dropout", "dropout on the adapter's input", 0.0)
+    alpha: Positive | None = option("--lora-alpha", "scale is alpha / r; default 2·r", works=32)
+    dropout: Share = option("--lora-dropout", "dropout on the adapter's input", 0.0, works=0.05)
     targets: Targets = option(
         "--targets",
         "minimal (q,v), standard (q,k,v,o), maximal, all-linear, or names",
@@ -178,17 +193,21 @@ class TrainConfig(Section):
     """The run: method, steps, rate, what is saved and logged."""
 
     method: Method = option("--method", "lora, or full fine-tuning as the baseline", "lora")
-    epochs: Positive | None = option("--epochs", "passes over the rows")
+    epochs: Positive | None = option("--epochs", "passes over the rows", works=3)
     max_steps: Count | None = option(
-        "--max-steps", "optimiser steps; beside --epochs, the fewer of both"
+        "--max-steps", "optimiser steps; beside --epochs, the fewer of both", works=100
     )
-    batch_size: Count | None = option("--batch-size", "rows in one forward pass")
+    batch_size: Count | None = option("--batch-size", "rows in one forward pass", works=4)
     gradient_accumulation_steps: Count | None = option(
-        "--gradient-accumulation-steps", "forward passes in one optimiser step"
+        "--gradient-accumulation-steps", "forward passes in one optimiser step", works=4
     )
-    learning_rate: Positive | None = option("--learning-rate", "peak learning rate")
-    warmup_ratio: Share | None = option("--warmup-ratio", "share of steps in which the rate rises")
-    weight_decay: NotNegative | None = option("--weight-decay", "AdamW's decoupled weight decay")
+    learning_rate: Positive | None = option("--learning-rate", "peak learning rate", works=1e-4)
+    warmup_ratio: Share | None = option(
+        "--warmup-ratio", "share of steps in which the rate rises", works=0.05
+    )
+    weight_decay: NotNegative | None = option(
+        "--weight-decay", "AdamW's decoupled weight decay", works=0.01
+    )
     scheduler: Scheduler | None = option("--scheduler", "cosine, linear or constant after warm-up")
     max_grad_norm: NotNegative = option(
         "--max-grad-norm", "clip the global gradient norm (0: off)", 1.0
@@ -204,14 +223,16 @@ class TrainConfig(Section):
         "auto",
     )
     max_memory: Size | None = option(
-        "--max-memory", "most memory the run may take, such as 8GB or 6GiB; default: what is free"
+        "--max-memory",
+        "most memory the run may take, such as 8GB or 6GiB; default: what is free",
+        works="8GB",
     )
     seed: Seed = option("--seed", "seed of shuffling, dropout and initial weights", 0)
-    save_every: Count | None = option("--save-every", "steps between checkpoints")
-    log_every: Count | None = option("--log-every", "steps between log lines")
-    eval_every: Count | None = option("--eval-every", "steps between held-out losses")
+    save_every: Count | None = option("--save-every", "steps between checkpoints", works=100)
+    log_every: Count | None = option("--log-every", "steps between log lines", works=10)
+    eval_every: Count | None = option("--eval-every", "steps between held-out losses", works=100)
     early_stopping: Count | None = option(
-        "--early-stopping", "stop after so many held-out losses without a new best"
+        "--early-stopping", "stop after so many held-out losses without a new best", works=3
     )
     sample_prompt: Texts = option(
         "--sample-prompt", "prompt answered at start, middle and end (repeatable)", ()
@@ -244,12 +265,10 @@ SECTIONS: dict[str, type[Section]] = {
     "train": TrainConfig,
 }
 
-Path_ = tuple[str, ...]
 
-
-def flag_fields() -> dict[str, Path_]:
+def flag_fields() -> dict[str, Place]:
     """Flag → where its value lives: {'--lora-r': ('lora', 'r'), …}, in the order of the help."""
-    found: dict[str, Path_] = {}
+    found: dict[str, Place] = {}
     for name, field in RunConfig.model_fields.items():
         if name in SECTIONS:
             for inner, inner_field in SECTIONS[name].model_fields.items():
@@ -276,7 +295,8 @@ def build_config(*layers: dict[str, Any]) -> RunConfig:
     """A RunConfig from nested dicts, lowest precedence first.
 
     Raises:
-        UsageError: every unknown key (with the nearest known one) and bad value at once.
+        UsageError: every unknown key (with the one that was meant) and bad value at once, each with
+            the file and line, or the flag, that it came from, and a value that works.
     """
     raw: dict[str, Any] = {}
     for layer in layers:
@@ -284,34 +304,56 @@ def build_config(*layers: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        known = {name: list(section.model_fields) for name, section in SECTIONS.items()}
-        told = explain(error, flags_by_place(), known | {"": list(RunConfig.model_fields)})
-        raise UsageError(told, fix="tsugiki train --help lists every setting") from None
+        sections = {name: list(section.model_fields) for name, section in SECTIONS.items()}
+        sections[""] = list(RunConfig.model_fields)
+        known = Known(flags_by_place(), sections, _working)
+        raise refusal(error, known, lambda place: origin(layers, place)) from None
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def _working(place: Place, value: Any) -> Any:
+    """What the field at `place` takes: the value itself, else as a text, else one that works."""
+    section, name = (SECTIONS[place[0]] if len(place) > 1 else RunConfig), place[-1]
+    extra = section.model_fields[name].json_schema_extra
+    works = extra.get("works") if isinstance(extra, dict) else None
+    for candidate in (value, str(value)) if isinstance(value, str | int | float) else (value,):
+        with contextlib.suppress(ValidationError):
+            section.model_validate({name: candidate})
+            return candidate
+    return works
+
+
+def read_yaml(path: Path) -> FromFile:
     """The settings of a `--config` file.
 
     Raises:
-        UsageError: not readable, not YAML, or not a mapping.
+        UsageError: not readable, not YAML, or not a mapping; the line is named.
     """
     try:
-        loaded = parse_yaml(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        loaded = parse_yaml(text)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", fix="check --config") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {error}", fix="mend that line") from None
+    except UnicodeDecodeError as error:
+        fix = "save it as UTF-8"
+        raise UsageError(f"{path} is not valid YAML: {error}", fix=fix) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        said = getattr(error, "problem", None) or error
+        raise UsageError(f"{place}: not valid YAML: {said}", fix="mend that line") from None
     if loaded is None:
-        return {}
+        return FromFile({}, path, {})
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise UsageError(
             f"{path} must hold a mapping of sections",
             got=type(loaded).__name__,
             allowed=", ".join(RunConfig.model_fields),
         )
-    return loaded
+    empty = [key for key, value in loaded.items() if key in SECTIONS and value is None]
+    said = {key: value for key, value in loaded.items() if key not in empty}
+    return FromFile(said, path, lines_of(text))
 
 
-def flags_by_place() -> dict[Path_, str]:
+def flags_by_place() -> dict[Place, str]:
     """Where a value lives → its flag; the other way round than `flag_fields`."""
     return {place: flag for flag, place in flag_fields().items()}

@@ -1,5 +1,5 @@
 """Turns config sections into typer options, so that a setting is written once; and the options
-that several verbs share.
+that several verbs share; what is said of one that there is not.
 
 Knows the shape of `config.py` and typer, nothing of what a setting does.
 """
@@ -7,15 +7,18 @@ Knows the shape of `config.py` and typer, nothing of what a setting does.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
+from typer.core import TyperGroup
 
 from tsugiki.config import SECTIONS, RunConfig, flag_fields
-from tsugiki.spellings import plain_type
+from tsugiki.errors import UsageError
+from tsugiki.mistakes import nearest, plain
+from tsugiki.spellings import FLAG_NAMES, USUAL_NAMES, plain_type
 
 Json = Annotated[bool, typer.Option("--json", help="one JSON object a line, for machines")]
 Model = Annotated[str | None, typer.Option(help="base; default: the adapter's own")]
@@ -25,6 +28,55 @@ Untie = Annotated[bool, typer.Option("--untie", help="write a tied head apart")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="leave the proof out")]
 
 PANELS = {"model": "Base model", "data": "Data", "lora": "Adapter", "train": "Training"}
+
+
+class Verbs(TyperGroup):
+    """The verbs; of a flag that one does not have, the flag that was meant is told."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a verb.
+
+        Raises:
+            UsageError: it has no such flag.
+        """
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            # typer brings its own click along, or takes an installed one: known by its name.
+            if type(error).__name__ != "NoSuchOption":
+                raise
+            raise _no_such_flag(error) from None
+
+
+def _no_such_flag(error: Any) -> UsageError:
+    verb = error.ctx.command_path
+    has = {plain(flag): flag for option in error.ctx.command.params for flag in option.opts
+           if flag.startswith("--")}  # fmt: skip
+    meant = meant_flag(error.option_name, has)
+    said = f"{verb} has no flag {error.option_name}"
+    if meant is None:
+        return UsageError(said, fix=f"{verb} --help lists them")
+    return UsageError(f"{said}; did you mean {meant}?", fix=meant)
+
+
+def meant_flag(flag: str, has: Mapping[str, str]) -> str | None:
+    """The flag of a verb that was meant: another spelling, another toolkit's name, or one near.
+
+    Args:
+        has: its flags, by their plain names.
+    """
+    word = plain(flag)
+    settings = flag_fields()
+    flags = {".".join(place): own for own, place in settings.items()}
+    usual = {name: flags[place] for name, place in USUAL_NAMES.items()}
+    usual |= {place[-1]: own for own, place in settings.items()}  # as YAML says it: alpha, r
+    for own in (has.get(word), FLAG_NAMES.get(word), usual.get(word)):
+        if own in has.values():
+            return own
+    names = {name: own for name, own in (usual | FLAG_NAMES).items() if own in has.values()}
+    names |= has
+    near = nearest(word, names)
+    return names[near] if near else None
 
 
 def with_config_flags(

@@ -48,7 +48,7 @@ def show_data(sources: Sources, terminal: Terminal, count: int) -> None:
 
 
 def check_data(sources: Sources, terminal: Terminal) -> bool:
-    """Counts and every skipped row; true when nothing was skipped."""
+    """Counts, every skipped row and what to do; true when nothing was skipped."""
     prepared, _ = _prepare(sources)
     terminal.say("rows", counts_table(prepared), counts=prepared.counts)
     for skip in prepared.skipped:
@@ -57,6 +57,12 @@ def check_data(sources: Sources, terminal: Terminal) -> bool:
             Text(f"{skip.source}: {skip.reason}", style="yellow"),
             source=skip.source,
             reason=skip.reason,
+        )
+    if prepared.skipped:
+        count = len(prepared.skipped)
+        terminal.note(
+            f"{count} left out: a run trains on the others (--strict stops at the first instead); "
+            "to keep them, mend each line as its reason says and run tsugiki data check again"
         )
     return not prepared.skipped
 

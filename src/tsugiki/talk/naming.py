@@ -35,7 +35,7 @@ class Who:
     Args:
         model: base; the adapter's own when None.
         adapters: PATH or NAME=PATH, an adapter folder or a run folder; the first one speaks.
-            None given: the newest one under runs/ and models/.
+            None given: the newest one under runs/, models/ and right here.
         base_only: no adapter at all.
         template: a named fallback instead of the recorded chat format.
         accept_base: take an adapter of another base of the same shapes, loudly.
@@ -64,9 +64,15 @@ class Named:
 
 
 def newest_adapter(root: Path) -> Path | None:
-    """The adapter folder under runs/ or models/ that was written last, or None."""
-    patterns = (f"runs/*/adapter/{CONFIG}", f"models/*/adapter/{CONFIG}", f"models/*/{CONFIG}")
-    found = [file for pattern in patterns for file in root.glob(pattern) if file.is_file()]
+    """The adapter folder under runs/, models/ or right here that was written last, or None."""
+    folders = ("runs/*/adapter", "models/*/adapter", "models/*", "*/adapter", "*")
+    found = [
+        file
+        for folder in folders
+        for file in root.glob(f"{folder}/{CONFIG}")
+        # what is still being written has a name with a dot
+        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(root).parts)
+    ]
     if not found:
         return None
     return max(found, key=lambda file: (file.stat().st_mtime_ns, str(file))).parent
@@ -112,7 +118,7 @@ def _newest(
     """The newest adapter, if it is one of the base that was asked for."""
     newest = newest_adapter(root)
     if newest is None:
-        terminal.warn("no adapter under runs/ or models/: the base answers alone")
+        terminal.warn("no adapter here, under runs/ or under models/: the base answers alone")
         return {}
     if base is not None and not who.accept_base:
         try:
