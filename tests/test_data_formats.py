@@ -88,14 +88,6 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     assert len(whole.rows) == 3 * len(list(tmp_path.iterdir()))
 
 
-def test_parquet_without_pyarrow_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
-    with pytest.raises(DataError, match=r"pip install 'tsugiki\[parquet\]'"):
-        read_rows(write(tmp_path, "a.parquet", b"PAR1"))
-
-
 def test_texts_are_whole_documents_and_left_out_beside_rows(tmp_path: Path) -> None:
     write(tmp_path, "b.txt", "one\r\ntwo\n")
     write(tmp_path, "a.txt", "zero")

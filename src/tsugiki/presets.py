@@ -51,33 +51,33 @@ def _preset(
     return text, {section: values for section, values in given.items() if values}
 
 
-W = 0.3  # the guide's warm-up
+WARMUP = 0.3  # the guide's warm-up
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "guide": _preset(
         "the script pipeline's own defaults", 16, 32, 0.05, 5e-5,
-        epochs=3, batch=2, accumulation=8, warmup=W, decay=0.01,
+        epochs=3, batch=2, accumulation=8, warmup=WARMUP, decay=0.01,
     ),
     "chat": _preset(
-        "conversation", 16, 32, 0.05, 5e-5, epochs=3, batch=2, warmup=W
+        "conversation", 16, 32, 0.05, 5e-5, epochs=3, batch=2, warmup=WARMUP
     ),
-    "domain": _preset("domain knowledge", 32, 64, 0.1, 3e-5, warmup=W),
-    "code": _preset("code", 24, 48, 0.05, 2e-5, warmup=W),
-    "code-long": _preset("code, more passes", 24, 48, 0.05, 3e-5, epochs=5, batch=4, warmup=W),
-    "style": _preset("style and tone (the FFN layers matter)", 8, 16, 0.05, 1e-4, warmup=W),
+    "domain": _preset("domain knowledge", 32, 64, 0.1, 3e-5, warmup=WARMUP),
+    "code": _preset("code", 24, 48, 0.05, 2e-5, warmup=WARMUP),
+    "code-long": _preset("code, more passes", 24, 48, 0.05, 3e-5, epochs=5, batch=4, warmup=WARMUP),
+    "style": _preset("style and tone (the FFN layers matter)", 8, 16, 0.05, 1e-4, warmup=WARMUP),
     "light": _preset(
-        "light and fast", 8, 16, 0.1, 1e-4, epochs=2, batch=1, accumulation=16, warmup=W
+        "light and fast", 8, 16, 0.1, 1e-4, epochs=2, batch=1, accumulation=16, warmup=WARMUP
     ),
-    "rows-under-1k": _preset("fewer than 1,000 rows", 8, 16, 0.1, 1e-4, warmup=W),
-    "rows-1k-10k": _preset("1,000 to 10,000 rows", 16, 32, 0.05, 5e-5, warmup=W),
-    "rows-over-10k": _preset("more than 10,000 rows", 32, 64, 0.05, 2e-5, warmup=W),
+    "rows-under-1k": _preset("fewer than 1,000 rows", 8, 16, 0.1, 1e-4, warmup=WARMUP),
+    "rows-1k-10k": _preset("1,000 to 10,000 rows", 16, 32, 0.05, 5e-5, warmup=WARMUP),
+    "rows-over-10k": _preset("more than 10,000 rows", 32, 64, 0.05, 2e-5, warmup=WARMUP),
     "memory-under-8gb": _preset(
-        "less than 8 GB of memory", 4, 8, 0.05, 5e-5, batch=1, accumulation=16, warmup=W
+        "less than 8 GB of memory", 4, 8, 0.05, 5e-5, batch=1, accumulation=16, warmup=WARMUP
     ),
     "memory-8-16gb": _preset(
-        "8 to 16 GB of memory", 16, 32, 0.05, 5e-5, batch=2, accumulation=8, warmup=W
+        "8 to 16 GB of memory", 16, 32, 0.05, 5e-5, batch=2, accumulation=8, warmup=WARMUP
     ),
     "memory-over-16gb": _preset(
-        "more than 16 GB of memory", 32, 64, 0.05, 5e-5, batch=4, accumulation=4, warmup=W
+        "more than 16 GB of memory", 32, 64, 0.05, 5e-5, batch=4, accumulation=4, warmup=WARMUP
     ),
     "qlora": _preset(
         "a base in four bits, long rows cut", 16, 32, 0.05, 2e-4, epochs=3, batch=4, accumulation=4,

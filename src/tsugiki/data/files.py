@@ -340,12 +340,8 @@ def _table_lines(path: Path, bad: dict[int, str]) -> Iterator[tuple[int, str]]:
 
 
 def _parquet(path: Path) -> Iterator[Record | Skipped]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise DataError(
-            f"{path}: Parquet needs pyarrow", fix="pip install 'tsugiki[parquet]'"
-        ) from None
+    import pyarrow.parquet as parquet
+
     try:
         file = parquet.ParquetFile(path)
         number = 0
