@@ -29,6 +29,9 @@ EVENTS = {
 HOLDERS = ("os.remove", "os.rmdir")  # their second argument is the open folder that holds the name
 
 
+SHORT = ("--max-steps", "9")  # an evaluation and a checkpoint at 6, another checkpoint at the end
+
+
 @dataclass(frozen=True)
 class Point:
     """The `nth` step of a kind inside a process's saves of one sort, counted from 1.
@@ -169,17 +172,35 @@ def go_on_stopped(place: Path) -> None:
     raise AssertionError("it was not stopped")
 
 
-def all_points(place: Path, start: str) -> list[Point]:
-    """Every step of the first two saves of a run, or the first three of one that goes on."""
+def make_place(place: Path) -> list[Point]:
+    """A model, rows, `whole` and `stopped`; every step of the saves that can be killed.
+
+    Of a run from its start the first adapter and checkpoint, which are new; of one that goes on
+    both replaced, and the next checkpoint, which pushes an old one out.
+    """
     import runs
 
-    trace = place / f"{start}.trace"
-    runs.finish(_begin(place, start, f"{start}-traced", trace, None))
-    assert runs.result(place / f"{start}-traced") == runs.result(place / "whole")
-    lines = [line.split("\t") for line in trace.read_text().splitlines()]
+    def traced(folder: Path, name: str) -> Any:
+        return _begin(folder, "fresh", name, place / "fresh.trace", None)
+
+    runs.make_place(place, traced)
+    go_on_stopped(place)
+    runs.finish(_begin(place, "again", "again", place / "again.trace", None))
+    assert runs.result(place / "again") == runs.result(place / "whole")
+    return [*_first_saves(place, "fresh", 2), *_first_saves(place, "again", 3)]
+
+
+def _first_saves(place: Path, start: str, wanted: int) -> list[Point]:
+    lines = [x.split("\t") for x in (place / f"{start}.trace").read_text().splitlines()]
     points = [Point(start, save, kind, int(nth), what) for save, kind, nth, what in lines]
-    begins = [i for i, p in enumerate(points) if p.kind == "mkdir" and p.what.endswith(".tmp")]
-    return points[: begins[2 if start == "fresh" else 3]]
+    begun: list[str] = []  # the temporary folders in turn
+    for number, point in enumerate(points):
+        made = point.kind == "mkdir" and point.what.endswith(".tmp")
+        if made and point.what not in begun:
+            if len(begun) == wanted:
+                return points[:number]
+            begun.append(point.what)
+    return points
 
 
 def survive(place: Path, point: Point) -> None:
@@ -214,7 +235,7 @@ def _begin(
     if start == "again":
         shutil.copytree(place / "stopped", place / name)
     watch = functools.partial(watch_steps, str(place / name), str(trace), kill_at)
-    return runs.forked(place, name, resume=start == "again", first=watch)
+    return runs.forked(place, name, resume=start == "again", first=watch, more=SHORT)
 
 
 def spread(points: Iterable[Point], most: int) -> list[Point]:

@@ -12,6 +12,7 @@ import argparse
 import collections
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks import fail_points, record
@@ -39,23 +40,24 @@ def random_kills(place: Path, kills: int) -> bool:
     return record.write("kills", command, figures, bounds)
 
 
-def kills_in_saves(place: Path, most: int | None) -> bool:
+def kills_in_saves(place: Path, most: int | None, jobs: int) -> bool:
     """One run killed at each step inside its saves, or at some of every kind."""
-    import runs
-
-    runs.make_place(place, runs.forked)
-    fail_points.go_on_stopped(place)
-    points = [p for start in ("fresh", "again") for p in fail_points.all_points(place, start)]
+    points = fail_points.make_place(place)
     chosen = points if most is None else fail_points.spread(points, most)
     print(f"{len(points)} steps inside saves, {len(chosen)} of them to be killed at", flush=True)
-    good: collections.Counter[str] = collections.Counter()
-    for point in chosen:
+
+    def survives(point: fail_points.Point) -> bool:
         try:
             fail_points.survive(place, point)
-            good[point.kind] += 1
-            print(f"ok   {point}", flush=True)
         except AssertionError as error:
             print(f"LOST {point}: {str(error)[:2000]}", flush=True)
+            return False
+        print(f"ok   {point}", flush=True)
+        return True
+
+    with ThreadPoolExecutor(jobs) as pool:  # each waits for processes of its own
+        kept = list(pool.map(survives, chosen))
+    good = collections.Counter(p.kind for p, whole in zip(chosen, kept, strict=True) if whole)
     figures = {
         "steps inside saves": float(len(points)),
         "fail points": float(len(chosen)),
@@ -73,6 +75,7 @@ def main() -> bool:
     """What was asked for; both by default."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="at random moments; 0: none")
+    parser.add_argument("--jobs", type=int, default=2, help="fail points at a time")
     parser.add_argument("--fail-points", type=int, help="at most; 0: none; default: every one")
     arguments = parser.parse_args()
     sys.path.insert(0, str(TESTS))
@@ -81,7 +84,8 @@ def main() -> bool:
         if arguments.kills:
             holds = random_kills(Path(temporary) / "random", arguments.kills)
         if arguments.fail_points != 0:
-            holds = kills_in_saves(Path(temporary) / "saves", arguments.fail_points) and holds
+            place = Path(temporary) / "saves"
+            holds = kills_in_saves(place, arguments.fail_points, arguments.jobs) and holds
     return holds
 
 

@@ -93,10 +93,12 @@ def forked(
     *,
     resume: bool = False,
     first: Callable[[], None] | None = None,
+    more: tuple[str, ...] = (),
 ) -> Running:
-    """The same without the imports; `first` is done in it before all else."""
+    """The same without the imports; `first` is done in it before all else. more: of a new run."""
     errors = folder / f"{output}.stderr"
-    process = warm.begin(_arguments(output, resume), folder, errors, first, **_environment(folder))
+    arguments = [*_arguments(output, resume), *(() if resume else more)]
+    process = warm.begin(arguments, folder, errors, first, **_environment(folder))
     return Running(process, errors)
 
 
