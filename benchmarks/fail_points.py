@@ -176,7 +176,7 @@ def make_place(place: Path) -> list[Point]:
     """A model, rows, `whole` and `stopped`; every step of the saves that can be killed.
 
     Of a run from its start the first adapter and checkpoint, which are new; of one that goes on
-    both replaced, and the next checkpoint, which pushes an old one out.
+    both replaced, the adapter once more, and the next checkpoint, which pushes an old one out.
     """
     import runs
 
@@ -187,7 +187,7 @@ def make_place(place: Path) -> list[Point]:
     go_on_stopped(place)
     runs.finish(_begin(place, "again", "again", place / "again.trace", None))
     assert runs.result(place / "again") == runs.result(place / "whole")
-    return [*_first_saves(place, "fresh", 2), *_first_saves(place, "again", 3)]
+    return [*_first_saves(place, "fresh", 2), *_first_saves(place, "again", 4)]
 
 
 def _first_saves(place: Path, start: str, wanted: int) -> list[Point]:
@@ -239,13 +239,14 @@ def _begin(
 
 
 def spread(points: Iterable[Point], most: int) -> list[Point]:
-    """At most so many: of each start, save and kind the first, the last, then those between."""
+    """At most so many, of every start, save and kind in turn: renames first, then by rarity."""
     groups: dict[tuple[str, str, str], list[Point]] = {}
     for point in points:
         groups.setdefault((point.start, point.save, point.kind), []).append(point)
+    turns = sorted(groups.values(), key=lambda group: (group[0].kind != "rename", len(group)))
     chosen: list[Point] = []
-    while any(groups.values()) and len(chosen) < most:
-        for left in groups.values():
+    while any(turns) and len(chosen) < most:
+        for left in turns:
             if left and len(chosen) < most:
                 chosen.append(left.pop(-1 if len(chosen) % 2 else 0))
     return chosen
