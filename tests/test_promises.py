@@ -105,3 +105,15 @@ def test_a_row_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     page.write_text("| promise | proof | measured |\n|---|---|---|\n| p | suite `x` | – |\n")
     with pytest.raises(ValueError, match=r"page\.md:3"):
         read_promises(page)
+
+
+def test_the_page_can_be_read_and_names_tests_that_exist() -> None:
+    """Also where the whole suite is not run, which alone tells whether they pass."""
+    root = Path(__file__).parent.parent
+    promises = read_promises(root / "docs" / "promises.md")
+    assert len(promises) > 100
+    for promise in promises:
+        if promise.kind == "suite":
+            file, _, name = promise.proof.partition("::")
+            written = (root / file).read_text(encoding="utf-8")
+            assert f"def {name.partition('[')[0]}" in written or not name, promise.proof
