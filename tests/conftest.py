@@ -97,7 +97,8 @@ def _whole_suite(config: pytest.Config) -> bool:
     return (
         config.args_source is not pytest.Config.ArgsSource.ARGS  # no path was typed
         and not option.keyword and not option.markexpr and not option.deselect
-        and not option.collectonly and not option.lf and not hasattr(config, "workerinput")
+        and not option.collectonly and not getattr(option, "lf", False)
+        and not hasattr(config, "workerinput")
     )  # fmt: skip
 
 
