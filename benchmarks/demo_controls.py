@@ -86,6 +86,7 @@ def main() -> bool:
     bounds = {
         "tuned": ">= 0.9",
         "tuned ended by the stop token": ">= 0.98",
+        "tuned, new words": ">= 0.7",
         "base": "<= 0.1",
         "base with four examples": "<= 0.1",
         "nearest training row": "<= 0.4",

@@ -20,15 +20,14 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
-from promises import read_promises, unproven
+from promises import Session, read_promises, unproven
 
 # Without a GPU Triton's kernels are interpreted; to be said before anything imports triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).parent.parent
-PASSED: set[str] = set()
-FAILED: set[str] = set()
+SESSION = Session()
 
 
 @pytest.fixture(autouse=True)
@@ -66,19 +65,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != "test_wheel.py")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    SESSION.collected.update(item.nodeid for item in session.items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(ids: list[str]) -> None:
+    """With workers the session itself collects nothing."""
+    SESSION.collected.update(ids)
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     name = report.nodeid
     if report.failed:
-        FAILED.add(name)
+        SESSION.failed.add(name)
+    elif report.skipped and not hasattr(report, "wasxfail"):
+        SESSION.skipped[name] = _reason(report)
     elif report.when == "call" and report.passed:
-        PASSED.add(name)
+        SESSION.passed.add(name)
+
+
+def _reason(report: pytest.TestReport) -> str:
+    """Why a test was skipped; empty where nobody said."""
+    told = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    reason = told.removeprefix("Skipped: ").strip()
+    return "" if reason in ("unconditional skip", "Skipped", "<Skipped instance>") else reason
 
 
 def _whole_suite(config: pytest.Config) -> bool:
-    asked = [argument for argument in config.invocation_params.args if not argument.startswith("-")]
+    option = config.option
     return (
-        not asked and not config.option.keyword and not config.option.markexpr
-        and not config.option.collectonly and not config.option.lf
+        config.args_source is not pytest.Config.ArgsSource.ARGS  # no path was typed
+        and not option.keyword and not option.markexpr and not option.deselect
+        and not option.collectonly and not getattr(option, "lf", False)
         and not hasattr(config, "workerinput")
     )  # fmt: skip
 
@@ -86,7 +105,7 @@ def _whole_suite(config: pytest.Config) -> bool:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if not _whole_suite(session.config):
         return
-    problems = unproven(read_promises(ROOT / "docs" / "promises.md"), PASSED, FAILED, ROOT)
+    problems = unproven(read_promises(ROOT / "docs" / "promises.md"), SESSION, ROOT)
     session.config.stash[PROBLEMS] = problems
     if problems and session.exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,7 +1,8 @@
 """Reads docs/promises.md and says which promises have no proof. Knows no pytest.
 
 A row is `| promise | proof | measured |`. A proof is one of
-  suite: tests/test_x.py::test_y     ran and passed in this session (a prefix: all its parameters)
+  suite: tests/test_x.py::test_y     all its cases ran and passed in this session, or were skipped
+                                    with a reason, one at least passed (a file, too: all its tests)
   prove: COMMAND → FILE             a result under benchmarks/results/ that says it holds
   device: COMMAND → FILE            the same on a GPU; FILE may be `not yet measured`
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 RESULT_KEYS = ("command", "commit", "date", "machine", "figures", "bounds", "holds")
@@ -43,28 +44,44 @@ def read_promises(page: Path) -> list[Promise]:
     return found
 
 
-def unproven(promises: list[Promise], passed: set[str], failed: set[str], root: Path) -> list[str]:
+@dataclass
+class Session:
+    """What became of every case of a test session: collected, passed, failed, skipped and why."""
+
+    collected: set[str] = field(default_factory=set)
+    passed: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def unproven(promises: list[Promise], session: Session, root: Path) -> list[str]:
     """What is promised and not proven, one line each."""
     problems = []
     for promise in promises:
         where = f"line {promise.line}: {promise.text[:60]}"
         if promise.kind == "suite":
-            mine = [
-                test
-                for test in passed | failed
-                if test == promise.proof
-                or test.startswith((promise.proof + "[", promise.proof + "::"))
-            ]
-            if not mine:
-                problems.append(f"{where}: {promise.proof} did not run and pass")
-            elif any(test in failed for test in mine):
-                problems.append(f"{where}: {promise.proof} failed")
+            problems.extend(f"{where}: {why}" for why in unproven_by_suite(promise.proof, session))
         elif promise.result == "not yet measured":
             if promise.kind != "device":
                 problems.append(f"{where}: only a device may be not yet measured")
         else:
             problems.extend(f"{where}: {why}" for why in check_result(promise.result, root))
     return problems
+
+
+def unproven_by_suite(proof: str, session: Session) -> list[str]:
+    """Why a test proves nothing; empty when it does."""
+    known = session.collected | session.passed | session.failed | set(session.skipped)
+    mine = {one for one in known if one == proof or one.startswith((proof + "[", proof + "::"))}
+    failed = sorted(mine & session.failed)
+    if failed:
+        return [f"{proof} failed ({len(failed)} of {len(mine)} cases, first {failed[0]})"]
+    if not mine & session.passed:
+        return [f"{proof} did not run and pass"]
+    left = sorted(one for one in mine - session.passed if not session.skipped.get(one))
+    if left:
+        return [f"{proof}: {len(left)} of {len(mine)} cases did not pass, first {left[0]}"]
+    return []
 
 
 def check_result(name: str | None, root: Path) -> list[str]:

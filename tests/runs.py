@@ -21,10 +21,13 @@ from tsugiki.files import cache_folder
 from tsugiki.pipelines import run_training
 from tsugiki.terminal import Terminal
 from tsugiki.training import metrics
+from tsugiki.training.checkpoint import checkpoints
 
 STEPS = 24
+SAVE_EVERY = 3
+UNEQUAL = {"seconds", "segment", "tokens_per_second", "memory_bytes"}  # between equal runs
 FLAGS = [
-    "--lora-r", "4", "--lora-dropout", "0.1", "--batch-size", "2", "--save-every", "3",
+    "--lora-r", "4", "--lora-dropout", "0.1", "--batch-size", "2", "--save-every", str(SAVE_EVERY),
     "--gradient-accumulation-steps", "2", "--max-steps", str(STEPS), "--eval-every", "6",
     "--log-every", "1", "--learning-rate", "3e-3", "--scheduler", "cosine", "--dtype", "float32",
 ]  # fmt: skip
@@ -84,10 +87,18 @@ def command(folder: Path, output: str, *, resume: bool = False) -> Running:
     return Running(process, errors)
 
 
-def forked(folder: Path, output: str, *, resume: bool = False) -> Running:
-    """The same without the imports."""
+def forked(
+    folder: Path,
+    output: str,
+    *,
+    resume: bool = False,
+    first: Callable[[], None] | None = None,
+    more: tuple[str, ...] = (),
+) -> Running:
+    """The same without the imports; `first` is done in it before all else. more: of a new run."""
     errors = folder / f"{output}.stderr"
-    process = warm.begin(_arguments(output, resume), folder, errors, **_environment(folder))
+    arguments = [*_arguments(output, resume), *(() if resume else more)]
+    process = warm.begin(arguments, folder, errors, first, **_environment(folder))
     return Running(process, errors)
 
 
@@ -134,9 +145,33 @@ def in_process(
     run_training(build_config(stored, changes), Terminal(as_json=True))
 
 
-def result(run: Path) -> bytes:
+def adapter(run: Path) -> bytes:
     """The trained adapter."""
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def result(run: Path) -> dict[str, object]:
+    """All that equal runs have in common at their ends, by name.
+
+    The adapter; weights, optimiser, random states, place in the data and counters of the newest
+    checkpoint; every line of the records but for times, memory and how often it was begun.
+    """
+    step, newest = checkpoints(run / "checkpoints")[0]
+    state = files.read_json(newest / "state.json")
+    return {
+        "adapter": adapter(run),
+        "step": step,
+        "tensors": (newest / "tensors.safetensors").read_bytes(),
+        "identity": state["identity"],
+        "loader": state["loader"],
+        "progress": _equal(state["progress"]),
+        **{name: [_equal(line) for line in metrics.read(run, name)]
+           for name in (metrics.METRICS, metrics.SAMPLES)},
+    }  # fmt: skip
+
+
+def _equal(record: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in record.items() if key not in UNEQUAL}
 
 
 def steps_written(run: Path) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from connections import recorded
 from families import save_tiny
 from hub_server import COMMIT
 from runs import own_cache
@@ -32,16 +33,7 @@ def load(folder: Path) -> None:
     load_base(resolve_model(str(folder)))
 
 
-def test_a_good_folder_loads_frozen_and_without_any_connection(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import socket
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a connection was tried")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+def test_a_good_folder_loads_frozen(folder: Path) -> None:
     base = load_base(resolve_model(str(folder)))
     assert base.flat
     assert not any(p.requires_grad for p in base.model.parameters())
@@ -60,6 +52,14 @@ def own_code(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "evil.Model"}
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text("open('FIRED', 'w')")
+
+
+def own_tokenizer_code(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["auto_map"] = {"AutoTokenizer": ["evil.Tokenizer", None]}
+    path.write_text(json.dumps(config))
     (folder / "evil.py").write_text("open('FIRED', 'w')")
 
 
@@ -107,6 +107,7 @@ def unknown_architecture(folder: Path) -> None:
         (drop_tokenizer, "has no tokenizer"),
         (pickle_only, "only pickled weights"),
         (own_code, "its own Python code"),
+        (own_tokenizer_code, "the tokenizer in .* its own Python code"),
         (truncate, "not a whole safetensors file"),
         (lying_header, "header claims"),
         (missing_tensor, "layers.1.mlp.up_proj"),
@@ -158,10 +159,9 @@ except TsugikiError as error:
 """
 
 
-def surroundings(hub: tuple[int, Path]) -> dict[str, str]:
+def settings(hub: tuple[int, Path]) -> dict[str, str]:
     port, folder = hub
     return {
-        **os.environ,
         "HF_ENDPOINT": f"http://127.0.0.1:{port}",
         "HF_HOME": str(folder / "home"),
         "TSUGIKI_CACHE": own_cache(folder / "cache"),
@@ -175,7 +175,8 @@ def surroundings(hub: tuple[int, Path]) -> dict[str, str]:
 def ask(hub: tuple[int, Path], *model: str, **more: str) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-c", CODE, *model],
-        env=surroundings(hub) | more, capture_output=True, text=True, timeout=120, check=False,
+        env=os.environ | settings(hub) | more,
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout
@@ -197,6 +198,7 @@ def test_the_hub(hub: tuple[int, Path]) -> None:
         assert code != 0
         assert "hf auth login" in said
         assert f"https://huggingface.co/{name}" in said
+        assert "then run the same command" in said
 
     code, said = ask(hub, "huge/tiny")
     assert code != 0
@@ -266,14 +268,17 @@ def test_a_revision_chooses_no_place_to_write(hub: tuple[int, Path]) -> None:
 
 
 def test_the_commit_of_a_hub_base_is_recorded(hub: tuple[int, Path], tmp_path: Path) -> None:
+    """And nothing but the Hub is contacted, by the parent or the child that trains."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    done = subprocess.run(
-        [sys.executable, "-m", "tsugiki", "train", "rows.jsonl", "--model", "good/tiny",
-         "--max-steps", "1", "--output", "run", "--dtype", "float32"],
-        cwd=tmp_path, env=surroundings(hub),
-        capture_output=True, text=True, timeout=120, check=False,
+    there = f"127.0.0.1:{hub[0]}"
+    done, tried, processes = recorded(
+        ["-m", "tsugiki", "train", "rows.jsonl", "--model", "good/tiny", "--max-steps", "1",
+         "--output", "run", "--dtype", "float32"],
+        tmp_path, there, **settings(hub),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert tried == {there}
+    assert processes >= 2
     base = json.loads((tmp_path / "run" / "adapter" / "tsugiki.json").read_text())["base"]
     assert (base["name"], base["commit"]) == ("good/tiny", COMMIT)
     kept = read_yaml(tmp_path / "run" / "config.yaml")["model"]

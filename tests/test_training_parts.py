@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import random
 import resource
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from connections import recorded
 from families import FAMILIES, save_tiny, tiny_model
 from tokenizers_for_tests import CHATML, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -30,8 +30,6 @@ from tsugiki.models.hub import resolve_model
 from tsugiki.models.isolation import probe_isolation
 from tsugiki.models.load import load_base, load_tokenizer
 from tsugiki.pipelines import run_training
-from tsugiki.talk.naming import Who, find_named
-from tsugiki.talk.opening import open_voices
 from tsugiki.terminal import Terminal
 from tsugiki.training import loop, metrics
 from tsugiki.training.checkpoint import newest_whole, save_checkpoint
@@ -220,18 +218,37 @@ def test_full_fine_tuning_writes_a_model_that_loads(small: Path) -> None:
     assert min(held[1:]) < held[0]
 
 
-def test_a_run_contacts_nothing(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a connection was tried")
+ALONE = """
+from tsugiki.cli import main
+import sys
+for words in (
+    "train rows.jsonl --model model --output alone --max-steps 1 --dtype float32",
+    "generate --adapter alone --max-tokens 3 hello",
+):
+    sys.argv = ["tsugiki", *words.split()]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, end
+print("LOCAL", open("connections.log").read().count("tried"))
+from tsugiki.errors import HubError
+from tsugiki.models.hub import resolve_model
+try:
+    resolve_model("user/model")
+except HubError as error:
+    print("HUB", error.problem)
+"""
 
-    for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    folder = run(small, "alone", max_steps=1)
-    opened = open_voices(
-        find_named(Who(adapters=(str(folder),)), Terminal()), Terminal(as_json=True)
-    )
-    assert opened.default.name == "alone"
+
+def test_a_run_contacts_nothing(small: Path) -> None:
+    """Not even the Hub, though nothing keeps it offline; a name of the Hub is seen to be tried."""
+    done, tried, processes = recorded(["-c", ALONE], small)
+    assert done.returncode == 0, done.stderr
+    assert processes == 1
+    assert "LOCAL 0\n" in done.stdout, "training and talking tried to reach something"
+    assert (small / "alone" / "adapter").is_dir()
+    assert "HUB " in done.stdout
+    assert tried == {"huggingface.co:443"}
 
 
 def test_a_whole_model_renders_and_ends_as_training_did(small: Path, tmp_path: Path) -> None:

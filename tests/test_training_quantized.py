@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_model
-from runs import forked, make_place, result
+from runs import adapter, forked, make_place, result
 from torch import nn
 from transformers import AutoConfig
 
@@ -65,7 +65,7 @@ def test_a_quantised_run_resumes_to_the_same_bytes(place: Path) -> None:
         config = build_config(read_yaml(place / name / "config.yaml"), {"train": free})
         run_training(config, Terminal(as_json=True), resume=place / name)
         assert result(place / name) == result(place / "four")
-    assert result(place / "four") != result(place / "whole")
+    assert adapter(place / "four") != adapter(place / "whole")
 
 
 def test_a_run_does_not_go_on_in_other_bits(place: Path) -> None:
@@ -105,7 +105,7 @@ def test_an_adapter_of_a_quantised_folder(place: Path, capsys: pytest.CaptureFix
     few = {"max_steps": 2, "save_every": 2, "eval_every": 2}
     run(place, "stored", {"name": str(place / "small")}, few)
     run(place, "loaded", {"quantize": "nf4"}, few)
-    assert result(place / "stored") == result(place / "loaded"), "the same codes"
+    assert adapter(place / "stored") == adapter(place / "loaded"), "the same codes"
     base = json.loads((place / "stored" / "adapter" / "tsugiki.json").read_text())["base"]
     assert base["name"] == str(place / "model")
     opened = open_voices(

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import warm
 from families import tiny_model
-from runs import forked, in_process, make_place, own_cache, result
+from runs import adapter, forked, in_process, make_place, own_cache
 from safetensors.torch import load
 
 from tsugiki.adapters.attach import attach
@@ -48,7 +48,7 @@ def one_rank(rank: int, place: Path) -> None:
     in_process(place, "dropout", max_steps=STEPS, save_every=4)
     dist.barrier()
     if rank == 0:
-        (place / "dropout.first").write_bytes(result(place / "dropout"))
+        (place / "dropout.first").write_bytes(adapter(place / "dropout"))
         for step, path in checkpoints(place / "dropout" / "checkpoints"):
             if step == STEPS:
                 (path / "state.json").write_text("damaged")
@@ -94,7 +94,7 @@ def test_two_ranks_are_one_with_twice_the_passes(two: Path) -> None:
     assert curves[0][0] == curves[1][0]
     assert len(curves[0]) == len(curves[1])
     assert max(abs(a - b) for a, b in zip(*curves, strict=True)) <= 1e-5
-    one, both = load(result(two / "one")), load(result(two / "two"))
+    one, both = load(adapter(two / "one")), load(adapter(two / "two"))
     for name, tensor in one.items():
         assert float((tensor - both[name]).norm()) <= 1e-4 * float(tensor.norm()), name
 
@@ -109,7 +109,7 @@ def test_the_plain_api_too(two: Path) -> None:
 
 def test_two_ranks_resume_to_the_same_bytes(two: Path) -> None:
     """With dropout: each rank's own random state is kept. One process may not go on with it."""
-    assert result(two / "dropout") == (two / "dropout.first").read_bytes()
+    assert adapter(two / "dropout") == (two / "dropout.first").read_bytes()
     segments = {x["segment"] for x in metrics.read(two / "dropout")}
     assert len(segments) == 2
     stored = build_config(read_yaml(two / "dropout" / "config.yaml"))

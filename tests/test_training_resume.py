@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
+from math import inf, nan
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from families import save_tiny
+from poison import Poison, changed, everything
 from runs import (
     STEPS,
     Running,
+    adapter,
     command,
     finish,
     forked,
@@ -24,16 +31,21 @@ from runs import (
     result,
     steps_written,
 )
+from safetensors.torch import load_file, save_file
+from tokenizers_for_tests import CHATML, tiny_tokenizer
 
 from tsugiki import files
 from tsugiki.config import build_config, read_yaml
-from tsugiki.errors import NonFiniteError, RunError, UsageError
+from tsugiki.errors import DiskError, NonFiniteError, RunError, UsageError
 from tsugiki.kernels import backend
-from tsugiki.pipelines import run_training
+from tsugiki.pipelines import prepare_session, run_prepared, run_training
 from tsugiki.resuming import resumed_config
 from tsugiki.terminal import Terminal
 from tsugiki.training import loop, metrics
 from tsugiki.training.checkpoint import checkpoints, newest_whole
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import fail_points
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +95,22 @@ def kill_twice(place: Path, seed: int, start: Callable[..., Running]) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_kill_9_at_random_moments(place: Path, seed: int) -> None:
     kill_twice(place, seed, forked)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to name open files")
+@pytest.mark.parametrize(
+    ("save", "kind", "nth"),
+    [
+        ("adapter", "rename", 2),  # the old one is moved aside, the new one not yet in its place
+        ("checkpoint", "rename", 2),  # the same of a checkpoint that is written again
+        ("checkpoint", "torn", 4),  # half of the next one's tensors
+    ],
+)
+def test_kill_9_inside_a_save(place: Path, save: str, kind: str, nth: int) -> None:
+    """All such steps: `python -m benchmarks.kills`."""
+    if not (place / "stopped").exists():
+        fail_points.go_on_stopped(place)
+    fail_points.survive(place, fail_points.Point("again", save, kind, nth))
 
 
 @pytest.mark.parametrize(
@@ -165,27 +193,34 @@ def test_truncated_files_are_seen(place: Path, tmp_path: Path, cut: int) -> None
         path.write_bytes(whole)
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize(
+    ("where", "value", "at", "step"),
+    [("loss", nan, 15, 8), ("gradient", inf, 4, 2), ("activation", -inf, 29, 15)],
+)
 def test_nan_stops_before_the_update(
-    place: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    place: Path, monkeypatch: pytest.MonkeyPatch, where: str, value: float, at: int, step: int
 ) -> None:
-    name = f"nan-{where}"
-    original = loop.summed_loss
-    count = {"calls": 0}
+    """In the first or second pass of a step: nothing changes, and what was good goes on."""
+    name, real, untouched = f"nan-{where}", loop.optimiser_step, []
 
-    def poisoned(*given):  # type: ignore[no-untyped-def]
-        loss, labels = original(*given)
-        count["calls"] += 1
-        if count["calls"] == 15:  # the first pass of step 8
-            if where == "loss":
-                return loss * float("nan"), labels
-            loss.register_hook(lambda g: g * float("inf"))
-        return loss, labels
+    def watched(number, passes, loss_of, trained, optimizer, **more):  # type: ignore[no-untyped-def]
+        before = everything(trained, optimizer)
+        try:
+            done = real(number, passes, loss_of, trained, optimizer, **more)
+        except NonFiniteError:
+            untouched.append(changed(before, everything(trained, optimizer)) == [])
+            raise
+        assert changed(before, everything(trained, optimizer)), "a good step is seen"
+        return done
 
-    monkeypatch.setattr(loop, "summed_loss", poisoned)
-    with pytest.raises(NonFiniteError, match="step 8"):
+    monkeypatch.setattr(loop, "optimiser_step", watched)
+    monkeypatch.setattr(loop, "summed_loss", Poison(loop.summed_loss, where, value, at))
+    with pytest.raises(NonFiniteError, match=f"step {step} ") as error:
         in_process(place, name)
-    assert "step 8 is NaN" in (place / name / "report.html").read_text()
+    assert error.value.exit_code != 0
+    assert untouched == [True]
+    assert f"step {step} is NaN" in (place / name / "report.html").read_text()
+    assert str(place / name) in str(error.value.fix), "where the last good state is"
     monkeypatch.undo()
     in_process(place, name, resume=True)
     assert result(place / name) == result(place / "whole")
@@ -213,6 +248,82 @@ def test_resume_of_another_run_is_refused(place: Path) -> None:
         )
 
 
+def test_resume_on_another_base_is_refused(place: Path) -> None:
+    """Of the same shapes: other weights, or one number of one tensor."""
+    run = place / "whole"
+    save_tiny("llama", place / "other-model", tiny_tokenizer(CHATML), seed=1)
+    for name in ("touched-model", "same-model"):
+        shutil.copytree(place / "model", place / name)
+    path = place / "touched-model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.2.mlp.down_proj.weight"][3, 5] += 1e-3
+    save_file(tensors, path, metadata={"format": "pt"})
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+    said = "the base's weights are not those that it began with"
+    terminal = Terminal(as_json=True)
+    for name in ("other-model", "touched-model"):
+        config = build_config(
+            read_yaml(run / "config.yaml"), {"model": {"name": str(place / name)}}
+        )
+        with pytest.raises(RunError, match=said):  # before its weights are loaded
+            run_training(config, terminal, resume=run, dry_run=True)
+        session = prepare_session(config, terminal, run)
+        with pytest.raises(RunError, match=said):  # and of those that were loaded
+            run_prepared(session, run, terminal, resumed=True)
+    same = {"model": {"name": str(place / "same-model")}}
+    config = build_config(read_yaml(run / "config.yaml"), same)
+    run_training(config, terminal, resume=run, dry_run=True)
+    assert before == {
+        p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"
+    }
+
+
+def test_too_little_disk_is_told_before_the_run(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One byte less than the plan says is refused, and nothing is written; that much is enough."""
+    stored = read_yaml(place / "whole" / "config.yaml")
+    run = place / "roomless"
+    config = build_config(stored, {"output": str(run), "train": {"max_steps": 1}})
+    need = prepare_session(config, Terminal(as_json=True), None).plan.disk
+    took = sum(p.stat().st_size for p in (place / "whole").rglob("*") if p.is_file())
+    assert need >= took, "a whole run fits in what is asked for"
+    monkeypatch.setattr("tsugiki.files.free_bytes", lambda _: need - 1)
+    with pytest.raises(DiskError, match="too little disk space for the run") as refusal:
+        run_training(config, Terminal(as_json=True))
+    assert refusal.value.allowed == f"{files.human_bytes(need)} needed"
+    assert "--output" in str(refusal.value.fix)
+    assert not run.exists()
+    monkeypatch.setattr("tsugiki.files.free_bytes", lambda _: need)
+    run_training(config, Terminal(as_json=True))
+    assert (run / "adapter").is_dir()
+
+
+def test_killed_for_memory_the_parent_tells_the_ways_out(place: Path) -> None:
+    """SIGKILL of the child that trains, as the kernel does it; the command told goes on."""
+    process = command(place, "starved")
+    while steps_written(place / "starved") < 5:
+        assert process.poll() is None, process.said()
+        time.sleep(0.01)
+    (child,) = psutil.Process(process.pid).children()
+    child.kill()
+    assert process.wait(timeout=30) == 137
+    said = process.said()
+    assert "Traceback" not in said
+    assert re.search(
+        r"error: tsugiki train was killed (by the kernel for memory|\(SIGKILL\))", said
+    )
+    assert re.search(r"up to [\d.]+ .B held; [\d.]+ .B free without it", said)
+    ways = re.search(r"less memory: (.*); or go on as it was: tsugiki train --resume (\S+)\n", said)
+    assert ways is not None, said
+    for way in ("--quantize nf4", "--gradient-checkpointing always", "--batch-size 1 ",
+                "--max-length"):  # fmt: skip
+        assert way in ways[1]
+    assert ways[2] == str(place / "starved")
+    finish(forked(place, ways[2], resume=True))
+    assert result(place / "starved") == result(place / "whole")
+
+
 def test_a_run_finds_its_base_where_it_moved(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,8 +349,35 @@ def test_one_writer_and_no_overwriting(place: Path) -> None:
         in_process(place, "whole")
 
 
+def test_what_equal_runs_have_in_common(place: Path, tmp_path: Path) -> None:
+    """A change of any of it is seen: one byte of the optimiser, a counter, a line of the records."""
+    run = tmp_path / "run"
+    shutil.copytree(place / "whole", run)
+    whole = result(run)
+    newest = checkpoints(run / "checkpoints")[0][1]
+    tensors = load_file(newest / "tensors.safetensors")
+    moments = [name for name in tensors if name.startswith("optim.exp_avg_sq.")]
+    assert len(moments) == sum(name.startswith("weights.") for name in tensors) > 0
+    tensors[moments[0]].view(-1)[0] += 1e-9
+    save_file(tensors, newest / "tensors.safetensors")
+    assert {key for key, value in result(run).items() if value != whole[key]} == {"tensors"}
+    for name, old, new in (
+        (newest / "state.json", '"tokens": ', '"tokens": 1'),
+        (run / "metrics.jsonl", '"loss": ', '"loss": 1'),
+        (run / "samples.jsonl", '"text": "', '"text": "x'),
+        (run / "adapter" / "adapter_model.safetensors", '"format"', '"farmat"'),
+    ):
+        before, content = result(run), name.read_bytes()
+        assert old.encode() in content
+        name.write_bytes(content.replace(old.encode(), new.encode(), 1))
+        assert len([key for key, value in result(run).items() if value != before[key]]) == 1, name
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {"train", "held_out"} == {line["kind"] for line in lines}
+    assert all(line["tokens_per_second"] > 0 for line in lines if line["kind"] == "train")
+
+
 def test_same_seed_same_run(place: Path) -> None:
     in_process(place, "again")
     assert result(place / "again") == result(place / "whole")
     in_process(place, "seed1", seed=1)
-    assert result(place / "seed1") != result(place / "whole")
+    assert adapter(place / "seed1") != adapter(place / "whole")

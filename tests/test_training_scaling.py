@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_model
-from runs import STEPS, forked, in_process, make_place, result
+from runs import STEPS, adapter, forked, in_process, make_place, result
 from torch import Tensor, nn
 
 from tsugiki import device
@@ -128,7 +128,7 @@ def test_skipped_steps_are_counted_and_resume_is_exact(
     assert skipped[0] == 1
     assert len(skipped) > 5
     assert sorted(skipped + trained) == list(range(1, STEPS + 1))
-    assert result(place / "half") != result(place / "whole")
+    assert adapter(place / "half") != adapter(place / "whole")
 
     save = loop.save_checkpoint
 

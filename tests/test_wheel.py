@@ -78,6 +78,7 @@ def test_it_runs_the_demo_in_another_folder_without_a_compiler(wheel: Path, tmp_
     assert scores["tuned"]["rows"] >= 200
     assert scores["tuned"]["exact"] >= 0.9
     assert scores["tuned"]["stopped"] >= 0.98
+    assert scores["tuned, words never trained on"]["exact"] >= 0.7
     assert scores["base"]["exact"] <= 0.1
     assert scores["base with 4 examples"]["exact"] <= 0.1
     assert scores["answer of the nearest training row"]["exact"] <= 0.4

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import types
+from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -36,15 +37,30 @@ def ready() -> None:
             os.environ["OMP_NUM_THREADS"] = before
 
 
-def begin(arguments: list[str], cwd: Path, errors: Path, **environment: str) -> BaseProcess:
-    """Start `tsugiki ARGUMENTS` in a session of its own; stderr goes to a file, stdout nowhere."""
+def begin(
+    arguments: list[str],
+    cwd: Path,
+    errors: Path,
+    first: Callable[[], None] | None = None,
+    **environment: str,
+) -> BaseProcess:
+    """Start `tsugiki ARGUMENTS` in a session of its own; stderr goes to a file, stdout nowhere.
+
+    first: done in the new process before the program's own.
+    """
     ready()
-    process = CONTEXT.Process(target=_parent, args=(arguments, cwd, errors, environment))
+    process = CONTEXT.Process(target=_parent, args=(arguments, cwd, errors, environment, first))
     process.start()
     return process
 
 
-def _parent(arguments: list[str], cwd: Path, errors: Path, environment: dict[str, str]) -> None:
+def _parent(
+    arguments: list[str],
+    cwd: Path,
+    errors: Path,
+    environment: dict[str, str],
+    first: Callable[[], None] | None,
+) -> None:
     os.setsid()
     os.chdir(cwd)
     os.environ.update(environment)
@@ -54,6 +70,8 @@ def _parent(arguments: list[str], cwd: Path, errors: Path, environment: dict[str
 
     supervise.subprocess = types.SimpleNamespace(Popen=Forked)  # type: ignore[assignment]
     sys.argv = ["tsugiki", *arguments]
+    if first is not None:
+        first()
     __main__.main()
 
 

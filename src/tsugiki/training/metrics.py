@@ -23,21 +23,31 @@ def write(folder: Path, name: str, segment: int, kind: str, **values: Any) -> No
 
 
 def read(folder: Path, name: str = METRICS) -> list[dict[str, Any]]:
-    """Lines in order, without steps that a later segment wrote again."""
+    """Lines in order, without what a later segment wrote again."""
     lines = [line for line in read_lines(folder / name) if isinstance(line, dict)]
     kept: list[dict[str, Any]] = []
-    first: int | None = None  # first step of the segments seen so far, from the end
+    first: tuple[int, int] | None = None  # where the segments seen so far began, from the end
     segment: int | None = None
-    pending: int | None = None
+    pending: tuple[int, int] | None = None
     for line in reversed(lines):
-        step = int(line.get("step", 0))
+        moment = _moment(line)
         if line.get("segment") != segment:
             segment = line.get("segment")
             first = pending if first is None or (pending is not None and pending < first) else first
-        if first is None or step < first:
+        if first is None or moment < first:
             kept.append(line)
-            pending = step if pending is None else min(pending, step)
+            pending = moment if pending is None else min(pending, moment)
     return kept[::-1]
+
+
+def _moment(line: dict[str, Any]) -> tuple[int, int]:
+    """When a line was written: a step is made before what is due at it, in the loop's order.
+
+    A run that was stopped between the two does only the rest of that step again.
+    """
+    due = ("held_out", "sample", "gradients")
+    kind = line.get("kind")
+    return int(line.get("step", 0)), 1 + due.index(kind) if kind in due else 0
 
 
 def next_segment(folder: Path) -> int:
