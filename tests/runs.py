@@ -25,7 +25,8 @@ from tsugiki.training.checkpoint import checkpoints
 
 STEPS = 24
 SAVE_EVERY = 3
-UNEQUAL = {"seconds", "segment", "tokens_per_second", "memory_bytes"}  # between equal runs
+# Between equal runs; the note of a proof tells how long it took.
+UNEQUAL = {"seconds", "segment", "tokens_per_second", "memory_bytes", "note"}
 FLAGS = [
     "--lora-r", "4", "--lora-dropout", "0.1", "--batch-size", "2", "--save-every", str(SAVE_EVERY),
     "--gradient-accumulation-steps", "2", "--max-steps", str(STEPS), "--eval-every", "6",
