@@ -67,6 +67,8 @@ def test_both_ways(family: str, tmp_path: Path) -> None:
     assert float((logits(ours, ids) - in_peft).abs().max()) <= 2e-5 * effect
 
 
+# It says so of every pattern for a parameter, and honours it.
+IGNORED = "ignore:The following (rank|alpha)_pattern keys did not match"
 PROJECTIONS = ["q_proj", "o_proj", "down_proj"]
 HONOURED = {
     "patterns": {
@@ -90,11 +92,16 @@ HONOURED = {
     "gaussian start": {"init_lora_weights": "gaussian"},
     "orthogonal start": {"init_lora_weights": "orthogonal"},
     "wrong fan_in_fan_out": {"fan_in_fan_out": True},
+    "weights as parameters": {
+        "target_modules": ["q_proj"], "target_parameters": ["1.mlp.up_proj.weight"],
+        "rank_pattern": {"up_proj.weight": 2, "up_proj": 3}, "alpha_pattern": {"up_proj": 9},
+    },
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HONOURED)
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set", "ignore:Setting `save_embedding")
+@pytest.mark.filterwarnings(IGNORED)
 def test_what_a_foreign_config_asks_is_honoured(name: str, tmp_path: Path) -> None:
     """The same logits as in PEFT, saved again too; one layer less or more is refused."""
     asked = {"target_modules": PROJECTIONS, "init_lora_weights": False, **HONOURED[name]}
@@ -171,7 +178,6 @@ REFUSED = {
     "trainable_token_indices": {"trainable_token_indices": [1, 2]},
     "alora_invocation_tokens": {"alora_invocation_tokens": [5, 6]},
     "layer_replication": {"layer_replication": [[0, 2], [1, 3]]},
-    "target_parameters": {"target_parameters": ["mlp.up_proj.weight"]},
     "init_lora_weights": {"init_lora_weights": "pissa"},
     "kasa_config": {"kasa_config": {}},
     "use_bdlora": {"use_bdlora": {"target_modules_bd_b": PROJECTIONS, "match_strict": False}},
@@ -312,7 +318,8 @@ def test_a_damaged_record_is_refused(saved, change) -> None:  # type: ignore[no-
         ("layers_to_transform", [0, "1"], "layers_to_transform"),
         ("layers_pattern", "layers", "without layers_to_transform"),
         ("target_modules", [["q_proj"]], "damaged"),
-        ("target_modules", [], "does not name"),
+        ("target_modules", [], "the adapter does not name"),
+        ("target_parameters", ["experts.down_proj"], "target_parameters"),
     ],
 )
 def test_foreign_configs_that_cannot_be_honoured(saved, key: str, value, said: str) -> None:  # type: ignore[no-untyped-def]

@@ -9,14 +9,17 @@ import pytest
 import torch
 from families import tiny_model
 from peft import PeftModel
+from peft.utils import transformers_weight_conversion
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from tsugiki.adapters.attach import attach, detach
+from tsugiki.adapters.portable import _verdicts
 from tsugiki.adapters.storage import load_adapter, save_adapter
 from tsugiki.adapters.targets import left_out, resolve_targets
 from tsugiki.config import LoraConfig
 from tsugiki.errors import AdapterError
+from tsugiki.models.conversion import EXPERTS, experts_for_peft
 from tsugiki.models.flat import use_flat_attention
 from tsugiki.models.spec import ModelSpec
 from tsugiki.models.tune import tune
@@ -136,17 +139,62 @@ def test_detach_gives_back_the_modules_that_a_run_replaced(family: str) -> None:
     assert [(name, id(m)) for name, m in model.named_modules()] == before
 
 
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "pad_token_id": 0}
+MIXTRAL = AutoConfig.for_model("mixtral", intermediate_size=32, num_attention_heads=4,
+                               num_key_value_heads=2, num_local_experts=4, **SMALL)  # fmt: skip
+GLM_MOE = AutoConfig.for_model(
+    "glm4_moe", intermediate_size=48, moe_intermediate_size=16, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, n_routed_experts=4, num_experts_per_tok=2,
+    first_k_dense_replace=1, **SMALL,
+)  # fmt: skip
+MAMBA = AutoConfig.for_model("mamba", state_size=4, **SMALL)
+IDS = torch.arange(9)[None]
+
+
+def in_peft(model: nn.Module, plain: nn.Module, folder: Path) -> float:
+    """How far PEFT's logits with the adapter on `model` are from its own, of what it changes."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter, 0.0, 0.2)
+    save_adapter(model, folder)
+    with torch.no_grad():
+        expected, base = model(IDS).logits, plain(IDS).logits
+        found = PeftModel.from_pretrained(plain, str(folder)).eval()(IDS).logits
+    return float((found - expected).norm() / (expected - base).norm())
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
+@pytest.mark.parametrize("targets", ["all-linear", ("0.mlp.down_proj", "shared_experts.up_proj")])
+def test_peft_applies_what_it_would_take_for_experts(targets, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Dense layers and shared experts of a model whose experts are stacked, ranks that differ."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GLM_MOE).eval()
+    plain = copy.deepcopy(model)
+    attached = attach(model, LoraConfig(r=2, targets=targets, dropout=0.1))
+    names = {t.path for t in attached.targets}
+    assert {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.shared_experts.up_proj"} <= names
+    one = model.get_submodule("model.layers.1.mlp.shared_experts.up_proj")
+    one.lora_A, one.lora_B = (nn.Parameter(torch.randn(s)) for s in ((3, 32), (16, 3)))
+    assert in_peft(model.eval(), copy.deepcopy(plain), tmp_path / "a") < 1e-4
+    expected = model(IDS).logits
+    load_adapter(plain, tmp_path / "a")
+    assert torch.allclose(plain(IDS).logits, expected, atol=1e-5)
+
+
+def test_what_peft_takes_for_experts_is_as_it_says() -> None:
+    table = transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING
+    assert {kind: frozenset(names) for kind, names in table.items()} == EXPERTS
+    assert experts_for_peft("deepseek_v3") == EXPERTS["qwen2_moe"]
+    assert experts_for_peft("llama") == experts_for_peft(None) == frozenset()
+    peft, *_ = _verdicts("glm4_moe", 8, {"q_proj", "down_proj"})
+    assert (peft.takes, "down_proj for experts" in peft.needs) == (False, True)
+
+
 def test_any_module_can_be_adapted() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     attached = attach(model, LoraConfig(r=1, targets=("2",)))
     assert [t.path for t in attached.targets] == ["2"]
     assert attached.trainable == 10
-
-
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "pad_token_id": 0}
-MIXTRAL = AutoConfig.for_model("mixtral", intermediate_size=32, num_attention_heads=4,
-                               num_key_value_heads=2, num_local_experts=4, **SMALL)  # fmt: skip
-MAMBA = AutoConfig.for_model("mamba", state_size=4, **SMALL)
 
 
 @pytest.mark.parametrize(
@@ -163,21 +211,14 @@ def test_all_linear_goes_without_what_cannot_be_adapted(
     """And PEFT computes what the adapter does here."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    plain, ids = copy.deepcopy(model), torch.arange(9)[None]
+    plain = copy.deepcopy(model)
     assert {path.rsplit(".", 1)[-1] for path in left_out(model)} == without
     for name in without:
         with pytest.raises(AdapterError, match=r"not supported|without calling|PEFT"):
             resolve_targets(model, [name])
     attached = attach(model, LoraConfig(r=2))
     assert {t.path.rsplit(".", 1)[-1] for t in attached.targets} == adapted
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora_B"):
-            nn.init.normal_(parameter, 0.0, 0.2)
-    save_adapter(model, tmp_path / "adapter")
-    expected = model(ids).logits
-    expected.sum().backward()
+    assert in_peft(model, plain, tmp_path / "adapter") <= 1e-4
+    model(IDS).logits.sum().backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters()
                if p.requires_grad), "none is left out silently"  # fmt: skip
-    effect = float((plain(ids).logits - expected).detach().norm())
-    found = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))(ids).logits
-    assert float((found - expected).detach().norm()) <= 1e-4 * effect

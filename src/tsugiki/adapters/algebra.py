@@ -286,6 +286,9 @@ class _Reading:
         transposed = embedding or is_transposed(
             path, self.model.model_type, bool(self.config.raw.get("fan_in_fan_out"))
         )
+        if transposed and self.config.as_parameter(path):
+            self.wrong.append(f"{PREFIX}{path}: a Conv1D or embedding adapted as a parameter")
+            return None
         a, b, magnitude = parts["A"], parts["B"], parts.get("m")
         rows, columns = stored.shape
         outs, ins = (columns, rows) if transposed else (rows, columns)

@@ -1,8 +1,8 @@
 """Reads PEFT's `adapter_config.json`: ranks, scales, coverage, and what it asks that we cannot do.
 
-Rank and alpha patterns, rsLoRA, excluded modules, chosen layers and Conv1D's transposition are
-honoured; everything else that would change the arithmetic is refused by name, and so is a setting
-that is not known here. Knows no tensors.
+Rank and alpha patterns, rsLoRA, excluded modules, chosen layers, weights named as parameters and
+Conv1D's transposition are honoured; everything else that would change the arithmetic is refused by
+name, and so is a setting that is not known here. Knows no tensors.
 """
 
 from __future__ import annotations
@@ -68,17 +68,26 @@ class PeftConfig:
     exclude_modules: str | tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def rank_of(self, path: str) -> int:
         """Rank at a module path, patterns counted."""
-        return int(_by_pattern(self.rank_pattern, path, self.r))
+        return int(_by_pattern(self.rank_pattern, self._key(path), self.r))
 
     def scale_of(self, path: str) -> float:
         """What B·A is multiplied by at a module path."""
         r = self.rank_of(path)
-        alpha = float(_by_pattern(self.alpha_pattern, path, self.alpha))
+        alpha = float(_by_pattern(self.alpha_pattern, self._key(path), self.alpha))
         return alpha / (math.sqrt(r) if self.rslora else r)
+
+    def as_parameter(self, path: str) -> bool:
+        """Whether a module's weight is adapted as a parameter: B·A as the weight is stored."""
+        return _named("target_parameters", self.parameters, f"{path}.weight")
+
+    def _key(self, path: str) -> str:
+        """What PEFT holds its patterns against."""
+        return f"{path}.weight" if self.as_parameter(path) else path
 
     def expected(self, paths: Iterable[str], all_linear: Collection[str] = ()) -> set[str]:
         """Those of a base's module paths that the config says carry an adapter (PEFT's rules).
@@ -92,10 +101,12 @@ class PeftConfig:
         wanted = self.target_modules
         if isinstance(wanted, str) and wanted.lower() == "all-linear":
             wanted = tuple(all_linear)
-        chosen = {path for path in paths if _named("target_modules", wanted or (), path)}
+        every = list(paths)
+        chosen = {path for path in every if _named("target_modules", wanted or (), path)}
         if self.layers:
             chosen = {path for path in chosen if self._layer_of(path) in self.layers}
-        return {p for p in chosen if not _named("exclude_modules", self.exclude_modules, p)}
+        chosen = {p for p in chosen if not _named("exclude_modules", self.exclude_modules, p)}
+        return chosen | {path for path in every if self.as_parameter(path)}
 
     def _layer_of(self, path: str) -> int | None:
         """The first number in a path that stands after one of the patterns, or after any name."""
@@ -150,6 +161,7 @@ def read_peft_config(folder: Path, *, can: Collection[str] = ()) -> PeftConfig:
         f"{key} = {raw[key]!r}"
         for key, fine in HARMLESS.items()
         if key in raw and key not in can and not _is_one_of(raw[key], fine)
+        if key != "target_parameters" or not _are_weights(raw[key])
     ]
     if refused:
         raise AdapterError(f"{path} asks for what is not supported", got="; ".join(refused))
@@ -193,6 +205,7 @@ def read_peft_config(folder: Path, *, can: Collection[str] = ()) -> PeftConfig:
             exclude_modules=_words(excluded or ()),
             layers=_indexes(layers),
             layers_pattern=(pattern,) if isinstance(pattern, str) and pattern else _list(pattern),
+            parameters=_list(raw.get("target_parameters")),
             base_name=raw.get("base_model_name_or_path"),
             raw=raw,
         )
@@ -215,6 +228,13 @@ def read_peft_config(folder: Path, *, can: Collection[str] = ()) -> PeftConfig:
 def _is_one_of(value: Any, fine: tuple[Any, ...]) -> bool:
     """Equality that tells False from 0 and True from 1."""
     return any(type(value) is type(one) and value == one for one in fine)
+
+
+def _are_weights(value: Any) -> bool:
+    """Parameters that are weights of modules; stacked experts have names of their own."""
+    return isinstance(value, list) and all(
+        isinstance(one, str) and one.endswith(".weight") for one in value
+    )
 
 
 def _words(value: Any) -> str | tuple[str, ...]:

@@ -192,8 +192,12 @@ def _verdicts(model_type: str, rank: int, words: set[str]) -> tuple[Verdict, ...
         if strange
         else Verdict("SGLang", True, "")
     )
+    from tsugiki.models.conversion import experts_for_peft  # loads transformers
+
+    moved = sorted(words & experts_for_peft(model_type))
+    instead = f"it takes {', '.join(moved)} for experts: give it the adapter itself"
     return (
-        Verdict("PEFT", True, ""),
+        Verdict("PEFT", not moved, instead if moved else ""),
         vllm_says,
         sglang,
         Verdict("llama.cpp", True, "as GGUF: tsugiki export ADAPTER --gguf-lora"),

@@ -40,6 +40,7 @@ from tsugiki.adapters.record import (
 from tsugiki.adapters.targets import head_path
 from tsugiki.errors import AdapterError
 from tsugiki.files import atomic_folder
+from tsugiki.models.conversion import experts_for_peft
 from tsugiki.models.projections import projection
 from tsugiki.models.shards import read_shard
 from tsugiki.models.spec import NameMap
@@ -107,6 +108,10 @@ def save_adapter(
     alpha = first.scale * r
     ranks = {path: m.lora_A.shape[0] for path, m in modules.items()}
     alphas = {path: m.scale * ranks[path] for path, m in modules.items()}
+    # Named as parameters, PEFT leaves them where they are; it takes no dropout on these.
+    taken = experts_for_peft(getattr(getattr(model, "config", None), "model_type", None))
+    key = {p: f"{p}.weight" if p.rpartition(".")[2] in taken else p for p in modules}
+    parameters = sorted(key[p] for p in modules if key[p] != p)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -116,12 +121,13 @@ def save_adapter(
         "r": r,
         "lora_alpha": _plain_number(alpha),
         # A foreign adapter may differ by layer; PEFT reads these keys as regular expressions.
-        "rank_pattern": {re.escape(p): n for p, n in ranks.items() if n != r},
+        "rank_pattern": {re.escape(key[p]): n for p, n in ranks.items() if n != r},
         "alpha_pattern": {
-            re.escape(p): _plain_number(a) for p, a in alphas.items() if not isclose(a, alpha)
+            re.escape(key[p]): _plain_number(a) for p, a in alphas.items() if not isclose(a, alpha)
         },
-        "lora_dropout": first.dropout,
-        "target_modules": sorted(modules),
+        "lora_dropout": 0.0 if parameters else first.dropout,
+        "target_modules": sorted(p for p in modules if key[p] == p),
+        **({"target_parameters": parameters} if parameters else {}),
         "fan_in_fan_out": all(kind is not None and kind.kind == "conv1d" for kind in kinds),
         "bias": "none",
         "use_rslora": False,
@@ -274,6 +280,9 @@ def _pair_up(
         shape = None if module is None else projection(module)
         if shape is None:
             wrong.append(f"{name}: the base has no projection {path}")
+            continue
+        if shape.kind == "conv1d" and config.as_parameter(path):
+            wrong.append(f"{name}: a Conv1D adapted as a parameter is not supported")
             continue
         if not tensor.is_floating_point():
             wrong.append(f"{name}: {tensor.dtype} is not a floating type")

@@ -2,7 +2,7 @@
 
 GPT-NeoX's head is stored as `embed_out`, Mixtral's experts one by one where the module keeps them
 stacked. The rules are transformers' own, asked of it and carried out by it; nothing is loaded here
-but the pieces that are handed in.
+but the pieces that are handed in. PEFT goes by the same table when it reads names of experts.
 """
 
 from __future__ import annotations
@@ -16,6 +16,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tsugiki.errors import ModelError
+
+# PEFT 0.21 (`_convert_peft_config_moe`) takes a module so named for an expert, or the router, of an
+# older file wherever it stands, and adapts the stacked experts in its place.
+EXPERTS = {
+    "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
+    "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
+}
+
+
+def experts_for_peft(model_type: str | None) -> frozenset[str]:
+    """Last names of modules that PEFT takes for experts in a model of this type.
+
+    Dense layers and shared experts of DeepSeek, GLM-4-MoE and others have them, too.
+    """
+    from transformers import conversion_mapping
+
+    table = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    kind: str = table.get(model_type, model_type or "")
+    return EXPERTS.get(kind, frozenset())
 
 
 @dataclass
