@@ -197,6 +197,30 @@ def test_any_module_can_be_adapted() -> None:
     assert attached.trainable == 10
 
 
+class Router(nn.Linear):
+    """As Llama 4's and Phi-3.5-MoE's: the product, and what is chosen by it."""
+
+    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        scores = super().forward(input)
+        return scores, scores.argmax(-1)
+
+
+class Own(nn.Linear):
+    """As Falcon's: the product, written otherwise."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input @ self.weight.T + self.bias
+
+
+def test_a_router_that_inherits_from_linear_is_not_adapted() -> None:
+    model = nn.ModuleDict({"router": Router(4, 8), "own": Own(4, 8), "up": nn.Linear(4, 8)})
+    for device in ("cpu", "meta"):
+        there = copy.deepcopy(model).to(device)
+        assert [t.path for t in resolve_targets(there, "all-linear")] == ["own", "up"]
+        with pytest.raises(AdapterError, match="a Router gives another thing than the product"):
+            resolve_targets(there, ["router"])
+
+
 @pytest.mark.parametrize(
     ("config", "adapted", "without"),
     [

@@ -138,6 +138,8 @@ SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "v
         ("falcon", {}),  # never calls the attention interface
         ("bloom", {"n_head": 4}),
         ("mamba", {}),
+        ("gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]],
+                     "max_position_embeddings": 2048}),  # its own mask ends with the context
         ("phi3", {"max_position_embeddings": 8192, "original_max_position_embeddings": 4096,
                   "rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 8,
                                       "long_factor": [4.0] * 8, "rope_theta": 1e4, "factor": 2.0,

@@ -25,7 +25,7 @@ from tsugiki.data.chat import ChatFormat
 from tsugiki.data.row import Message
 from tsugiki.engine.engine import Engine, Request
 from tsugiki.engine.sampling import Sampling
-from tsugiki.errors import AdapterError, UsageError
+from tsugiki.errors import AdapterError, ModelError, UsageError
 from tsugiki.models.load import ResolvedModel, load_base
 from tsugiki.quantizing import quantize_base
 from tsugiki.talk.answering import harmless
@@ -251,6 +251,33 @@ def test_refusals(home: Path, tmp_path: Path) -> None:
         find_named(Who(adapters=(f"base={first}",)), terminal, home)
     with pytest.raises(UsageError, match="--base"):
         find_named(Who(adapters=(first,), base_only=True), terminal, home)
+
+
+def test_what_the_bases_own_files_end_an_answer_by_ends_it(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(home / "model", folder)
+    who = Who(model=str(folder), base_only=True)
+    ask(tmp_path, who, ["hello"], sampling=SHORT, terminal=Terminal(as_json=True))
+    (whole,) = heard(capsys, "answer")
+    every = {"eos_token_id": [*range(256)]}
+    (folder / "generation_config.json").write_text(json.dumps(every))
+    ask(tmp_path, who, ["hello"], sampling=SHORT, terminal=Terminal(as_json=True))
+    (answer,) = heard(capsys, "answer")
+    assert (whole["finish"], answer["finish"]) == ("length", "stop")
+    assert (bool(whole["text"]), answer["text"]) == (True, "")
+
+
+def test_a_token_that_the_base_has_no_numbers_for(home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(home / "model", folder)
+    tokenizer = load_base(ResolvedModel(folder, "")).tokenizer
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    who = Who(model=str(folder), base_only=True)
+    with pytest.raises(ModelError, match="'<new>' has no row in this model's embedding"):
+        ask(tmp_path, who, ["<new>"], sampling=SHORT, terminal=Terminal(as_json=True))
 
 
 def test_no_control_characters_reach_the_terminal() -> None:

@@ -17,8 +17,8 @@ from tsugiki.data.chat import ChatFormat
 from tsugiki.data.dataset import Prepared
 from tsugiki.data.row import RowProblem
 from tsugiki.device import Decisions
-from tsugiki.errors import ModelError
 from tsugiki.files import human_bytes
+from tsugiki.models.load import refuse_unknown
 from tsugiki.models.spec import ModelSpec
 from tsugiki.planning import SHARE, Facts, memory_limit, predict_memory
 from tsugiki.training.samples import Prompt, choose_prompts
@@ -107,17 +107,7 @@ def check_ids(
         ((f"--sample-prompt {prompt.shown!r}", prompt.ids) for prompt in asked),
     )
     for source, ids in places:
-        if max(ids, default=0) < rows:
-            continue
-        wrong = next(i for i in ids if i >= rows)
-        token = chat.tokenizer.convert_ids_to_tokens(wrong)
-        raise ModelError(
-            f"the tokenizer's token {token!r} has no row in this model's embedding ({rows:,} rows)",
-            got=f"id {wrong:,} in {source}; the tokenizer knows {len(chat.tokenizer):,} tokens",
-            fix="put the tokenizer that belongs to this model into its folder, or resize the "
-            f"embedding with transformers (model.resize_token_embeddings({len(chat.tokenizer)})) "
-            "and save the model",
-        )
+        refuse_unknown(ids, rows, chat.tokenizer, source)
 
 
 def count_trainable(config: RunConfig, spec: ModelSpec) -> int:

@@ -92,6 +92,8 @@ def left_out(model: nn.Module) -> dict[str, str]:
     for path, module in model.named_modules():
         if type(module).__name__.endswith("MambaMixer") and hasattr(module, "dt_proj"):
             found[f"{path}.dt_proj"] = "the mixer reads its weight without calling it"
+        if isinstance(module, nn.Linear) and projection(module) is None:
+            found[path] = f"a {type(module).__name__} gives another thing than the product"
         if kind in NO_OUT_PROJ and path.endswith(".out_proj"):
             found[path] = "PEFT could not load an adapter there"
     for path, parameter in model.named_parameters():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -19,7 +19,7 @@ from tsugiki.engine.sampling import Sampling, choose
 from tsugiki.engine.scheduler import Scheduler
 from tsugiki.engine.text import StopStrings, TextStream
 from tsugiki.errors import NonFiniteError, UsageError
-from tsugiki.models.load import Base
+from tsugiki.models.load import Base, refuse_unknown
 
 Finish = Literal["stop", "length", "cancelled"]
 GREEDY = Sampling()
@@ -102,6 +102,8 @@ class Engine:
         self.base = base
         self.pool = pool
         self.context = base.spec.context
+        table: Any = base.model.get_input_embeddings()  # type: ignore[operator]
+        self._rows = int(table.weight.shape[0])
         with _Evaluating(base):
             self._runner = make_runner(base, pool)
         if self._runner.limits is not None:
@@ -120,9 +122,11 @@ class Engine:
 
         Raises:
             UsageError: an empty prompt, or one that leaves no room for a token.
+            ModelError: a token that the base has no numbers for.
         """
         if not request.ids:
             raise UsageError("an empty prompt", fix="give at least one token")
+        refuse_unknown(request.ids, self._rows, self.base.tokenizer, "the prompt")
         if len(request.ids) >= self.context:
             raise UsageError(
                 f"a prompt of {len(request.ids):,} tokens leaves no room for an answer",

@@ -81,7 +81,7 @@ def score_answers(
             tuple(chat.prompt_ids(few_shot(before, examples))),
             adapter=adapter,
             sampling=Sampling(max_tokens=max_tokens),
-            stop_ids=chat.stop_ids,
+            stop_ids=(*chat.stop_ids, *engine.base.stop_ids),
         )
         for before, _ in pairs
     ]

@@ -2,9 +2,10 @@
 
 Some architectures drop our argument, never call the attention interface, or mix rows in
 convolutions, state-space scans or length-dependent rotary embeddings: all silently. The probe runs
-three documents flat and each alone, one of them longer than every window of the config; where
-those are long, on a 2-layer random copy with the limits cut to 16. An encoder, which sees the
-tokens that it would be asked for, is found the same way. Knows no training.
+three documents flat and each alone, one of them longer than every window of the config, all three
+together longer than its context (GPT-Neo's mask ends there); where those are long, on a 2-layer
+random copy with the limits cut. An encoder, which sees the tokens that it would be asked for, is
+found the same way. Knows no training.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
         value = getattr(text, name, None)
         if isinstance(value, int) and value > SHORT:
             keeps_room = name in ("max_position_embeddings", "n_positions") and not dynamic
-            setattr(text, name, 4 * SHORT if keeps_room else SHORT)
+            setattr(text, name, max(LENGTHS) if keeps_room else SHORT)
     _shrink_rope(rope)
     for name, limit in (("vocab_size", 997), ("intermediate_size", 128), ("n_inner", 128)):
         _set_if_larger(text, name, limit)

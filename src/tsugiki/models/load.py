@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,6 +75,12 @@ class Base:
         """Where its parameters are; where they run, if each comes only then (proof/streamed.py)."""
         device = next(self.model.parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer, as the base's own files say; a chat format has its own."""
+        said = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        return tuple(i for i in (said if isinstance(said, list) else [said]) if isinstance(i, int))
 
     def fingerprint(self) -> Fingerprint:
         """Identity of the stored tensors, of the 16-bit base where they are quantised."""
@@ -287,6 +294,23 @@ def _load(
             fix="download the model again, or check its config.json",
         )
     return model.to(device), notes_on_unused([str(n) for n in info.get("unexpected_keys") or ()])
+
+
+def refuse_unknown(
+    ids: Sequence[int], rows: int, tokenizer: PreTrainedTokenizerBase, place: str
+) -> None:
+    """Raises ModelError: a token beyond an embedding of so many rows."""
+    wrong = next((i for i in ids if i >= rows), None)
+    if wrong is None:
+        return
+    token = tokenizer.convert_ids_to_tokens(wrong)
+    raise ModelError(
+        f"the tokenizer's token {token!r} has no row in this model's embedding ({rows:,} rows)",
+        got=f"id {wrong:,} in {place}; the tokenizer knows {len(tokenizer):,} tokens",
+        fix="put the tokenizer that belongs to this model into its folder, or resize the "
+        f"embedding with transformers (model.resize_token_embeddings({len(tokenizer)})) "
+        "and save the model",
+    )
 
 
 def _load_generation_config(model: nn.Module, folder: Path) -> None:

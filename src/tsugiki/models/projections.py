@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tsugiki.kernels.linear import DenseWeight, FrozenWeight
@@ -20,6 +20,9 @@ from tsugiki.models.quantized import QuantizedLinear
 
 # Plain attribute of a module: neither a child nor a parameter, so that no name and no file changes.
 _PRODUCTS = "_tsugiki_products"
+_FORWARDS: dict[
+    type[nn.Module], bool
+] = {}  # subclasses of nn.Linear: whether they give the product
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,30 @@ def projection(module: nn.Module) -> Projection | None:
     """Kind and shape of a projection; None for any other module."""
     if isinstance(module, QuantizedLinear):
         return Projection(module.kind, module.in_features, module.out_features)
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and _multiplies(module):
         return Projection("linear", module.in_features, module.out_features)
     if isinstance(module, Conv1D):
         rows, columns = module.weight.shape
         return Projection("conv1d", rows, columns)
     return None
+
+
+def _multiplies(module: nn.Linear) -> bool:
+    """Whether it gives the product alone; routers that inherit from nn.Linear give a choice."""
+    kind = type(module)
+    if kind.forward is nn.Linear.forward:
+        return True
+    if kind not in _FORWARDS:
+        weight = module.weight
+        try:
+            with torch.no_grad():
+                one = torch.ones(1, module.in_features, dtype=weight.dtype, device=weight.device)
+                given, wanted = module(one), nn.functional.linear(one, weight, module.bias)
+            same = type(given) is Tensor and given.shape == wanted.shape
+            _FORWARDS[kind] = same and (weight.is_meta or torch.allclose(given, wanted))
+        except Exception:  # whatever a forward of its own raises means: not the product
+            _FORWARDS[kind] = False
+    return _FORWARDS[kind]
 
 
 def frozen_weight(module: nn.Module) -> FrozenWeight:

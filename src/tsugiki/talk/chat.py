@@ -158,11 +158,11 @@ class Chat:
                     f"{asked.dropped} {turns} dropped",
                     dropped=asked.dropped,
                 )
-            chat = speaker.voice.chat
+            voice = speaker.voice
             # no answer runs past the room that is left
             room = speaker.conversation.context - len(asked.ids)
             sampling = replace(self.sampling, max_tokens=min(self.sampling.max_tokens, room))
-            requests.append(Request(asked.ids, speaker.voice.adapter, sampling, chat.stop_ids))
+            requests.append(Request(asked.ids, voice.adapter, sampling, voice.stop_ids))
         answers = self._answers(requests)
         for speaker, answer in zip(self.speakers, answers, strict=True):
             if answer.text or answer.finish == "stop":

@@ -88,7 +88,7 @@ def _request(
         tuple(ids),
         adapter=voice.adapter,
         sampling=sampling,
-        stop_ids=voice.chat.stop_ids,
+        stop_ids=voice.stop_ids,
         stop=stop,
         raw=raw,
     )

@@ -5,7 +5,7 @@ Knows no prompt and no conversation, and not how a user names them (`naming.py`)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.text import Text
 
@@ -24,11 +24,15 @@ from tsugiki.training.keeping import base_identity
 
 @dataclass(frozen=True)
 class Voice:
-    """One that answers: the base or an adapter, and the chat format that it was trained with."""
+    """One that answers: the base or an adapter, and the chat format that it was trained with.
+
+    stop_ids: what ends an answer, by that format or by the base's own files.
+    """
 
     name: str
     adapter: int
     chat: ChatFormat
+    stop_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -62,15 +66,17 @@ def open_voices(named: Named, terminal: Terminal) -> Opened:
     for note in base.notes:
         terminal.warn(note)
     pool = AdapterPool(base.model, base_identity(base) if folders else None)
-    voices = {BASE: Voice(BASE, -1, ChatFormat.of(base.tokenizer, who.template))}
+    chat = ChatFormat.of(base.tokenizer, who.template)
+    voices = {BASE: Voice(BASE, -1, chat, (*chat.stop_ids, *base.stop_ids))}
     for name, folder in folders.items():
         info = pool.load(folder, name, accept_base=who.accept_base)
         for note in info.notes:
             terminal.warn(f"{name}: {note}")
-        voices[name] = Voice(name, pool.index(name), _chat_of(info, base, who.template))
+        chat = _chat_of(info, base, who.template)
+        voices[name] = Voice(name, pool.index(name), chat, (*chat.stop_ids, *base.stop_ids))
     default = voices[next(iter(folders), BASE)]
     # the base is asked as the adapter was trained, so that answers can be compared
-    voices[BASE] = Voice(BASE, -1, default.chat)
+    voices[BASE] = replace(default, name=BASE, adapter=-1)
     kept = "" if base.quantize == "none" else f" ({base.quantize})"
     where = f"{folders[default.name]} on {base.name}{kept}" if folders else base.name + kept
     if terminal.as_json:

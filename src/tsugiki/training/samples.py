@@ -75,7 +75,7 @@ def answer_all(
             Request(
                 ids,
                 sampling=Sampling(max_tokens=MOST_TOKENS),
-                stop_ids=chat.stop_ids,
+                stop_ids=(*chat.stop_ids, *base.stop_ids),
                 raw=prompt.raw,
             )
         )
