@@ -16,6 +16,7 @@ from tsugiki.data.chat import ChatFormat
 from tsugiki.data.formats import read_rows
 from tsugiki.data.row import Row
 from tsugiki.demo import rows_path
+from tsugiki.files import sha256_file
 from tsugiki.models.load import load_tokenizer, resolve_model
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +56,7 @@ def test_its_card_tells_how_it_grew() -> None:
         json.loads((SPROUT / "growth.json").read_text()),
     )
     assert growth["command"] in card
+    assert f"`{sha256_file(SPROUT / 'model.safetensors')}`" in card, "the figures are others'"
     assert f"{growth['parameters']:,}" in card
     assert len(growth["curve"]) >= 20
     rows = re.findall(r"^\| ([\w -]+) \| ([\d.]+) \| ([\d.]+) \|$", card, re.M)

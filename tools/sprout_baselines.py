@@ -10,6 +10,7 @@ the better is the bar. xz's figure is what held-out text adds to the compressed 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import lzma
 import math
@@ -203,7 +204,9 @@ It knows nothing of the world; do not ask it for facts, and do not build a produ
 
 ## Held out, bits per byte
 
-Printed by `python tools/sprout_baselines.py`; English: {english["held-out bytes"]:,.0f} bytes of
+Of the weights whose SHA-256 is
+`{hashlib.sha256((FOLDER / "model.safetensors").read_bytes()).hexdigest()}`,
+printed by `python tools/sprout_baselines.py`; English: {english["held-out bytes"]:,.0f} bytes of
 documentation of held-out modules; Japanese: {other["held-out bytes"]:,.0f} bytes of dialogue with
 new words. The 5-gram and xz had {english["training bytes"] / 1e6:.1f} MB and
 {other["training bytes"] / 1e6:.1f} MB to learn from.
