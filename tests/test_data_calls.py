@@ -75,6 +75,17 @@ def test_arguments_are_written_as_json_however_they_are_stored(
     assert dict(chat.repairs) == repairs
 
 
+@pytest.mark.parametrize("column", ["tools", "functions"])
+@pytest.mark.parametrize("bare", [True, False])
+def test_tools_are_given_as_templates_read_them(column: str, bare: bool, tmp_path: Path) -> None:
+    tool = {"name": "weather", "parameters": {}}
+    whole = {"type": "function", "function": tool}
+    row = {"messages": [m.as_dict() for m in (ASKED, SAID)], column: [tool if bare else whole]}
+    rows = read_rows(write(tmp_path, "a.jsonl", lines(row)))
+    assert rows.rows[0].tools == (whole,)
+    assert not any("not used" in note for note in rows.notes)
+
+
 def test_what_pads_objects_in_parquet_is_not_written(tmp_path: Path) -> None:
     from pyarrow import Table
     from pyarrow.parquet import write_table

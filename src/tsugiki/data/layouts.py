@@ -143,13 +143,20 @@ def _paired(record: Record, prompt: str, answer: str) -> tuple[Row, tuple[str, .
 def _listed(record: Record, layout: str) -> tuple[Row, tuple[str, ...]]:
     value = record.value
     messages, system = _led(conversation(turns_of(value, layout)), value)
-    used = (LISTS[layout], "tools", *system)
-    tools = _parsed(value, "tools", re.compile(r"\s*\S"))  # as text in some data sets
+    name = "tools" if holds(value.get("tools")) else "functions"  # OpenAI's older column
+    used = (LISTS[layout], "tools", *([name] if name in value else []), *system)
+    tools = _parsed(value, name, re.compile(r"\s*\S"))  # as text in some data sets
     if not isinstance(tools, list):
         return Row(messages, None, record.source), used
     if not all(isinstance(tool, dict) for tool in tools):
-        raise RowProblem("the column 'tools' is not a list of objects")
-    return Row(messages, None, record.source, tuple(tools)), used
+        raise RowProblem(f"the column {name!r} is not a list of objects")
+    return Row(messages, None, record.source, tuple(_as_tool(tool) for tool in tools)), used
+
+
+def _as_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool as chat templates read it: {type: function, function: {name, …}}."""
+    bare = "name" in tool and tool.keys().isdisjoint(("type", "function"))
+    return {"type": "function", "function": tool} if bare else tool
 
 
 def _led(
