@@ -154,7 +154,7 @@ def _nothing(path: Path, skipped: list[Skipped], unknown: dict[str, Any] | None)
             f"{path}: the layout of these rows is not known",
             got=column_names(unknown),
             allowed="messages; conversations; conversation; dialogue; instruction/input/output; "
-            "prompt/completion; question/answer; text",
+            "prompt/completion; question/answer; 指示/入力/回答; 質問/回答; text",
             fix=None if flags else fix,
             flags=flags,
         )
