@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_data_formats import lines, write
@@ -144,6 +145,51 @@ def test_calls_that_end_by_a_token_of_their_own() -> None:
     (example,) = chat.examples(Row(TALK, None, "a:1"))
     assert taught(example, chat) == "<call>weather</s>It is sunny.<|im_end|>"
     assert chat.tokenizer.convert_ids_to_tokens(list(chat.stop_ids)) == ["<|im_end|>", "</s>"]
+
+
+def test_what_closes_each_call_is_no_end_of_the_answer() -> None:
+    closing = "<call>{{ c.name }}<|im_end|>"
+    chat = of(template(closing, end="</s>"))
+    two = Message("assistant", "", ((CALLS, [CALL, CALL]),))
+    (example,) = chat.examples(Row((ASKED, two), None, "a:1"))
+    assert taught(example, chat) == "<call>weather<|im_end|><call>weather<|im_end|>"
+    chat = of(template("<call>{{ c.name }}</s>", end="", turn="{{ m.content }}"))
+    assert chat.call_stop == chat.stop_id, "</s> closes each call"
+
+
+@pytest.mark.parametrize("odd", [["x"], {"a": 1}, 7])
+def test_odd_ids_of_calls_make_no_traceback(odd: object) -> None:
+    named = Message("assistant", "", ((CALLS, [{**CALL, "id": odd}]),))
+    result = Message("tool", "SUNNY", (("tool_call_id", odd),))
+    chat = of(JSON)
+    (example,) = chat.examples(Row((ASKED, named, result, SAID), None, "a:1"))
+    assert taught(example, chat).endswith("It is sunny.<|im_end|>")
+
+
+def test_a_long_conversation_with_many_repairs_is_rendered_a_few_times_an_answer() -> None:
+    """Not once for each combination of repairs and each answer."""
+    refusing = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('system') }}{% endif %}"
+        "{% endfor %}"
+    )
+    silent = template("<call>{{ c.name }}{{ c.arguments | tojson }}").replace(
+        "{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}"
+    )
+    chat = of(refusing + silent)
+    both = Message("assistant", "Let me look.", CALLED.extra)
+    talk = (Message("system", "Be brief."), *((ASKED, both, RESULT, SAID) * 10))
+    count = 0
+    render = chat.render
+
+    def counted(*given: Any, **named: Any) -> str:
+        nonlocal count
+        count += 1
+        return render(*given, **named)
+
+    chat.render = counted  # type: ignore[method-assign]
+    chat.examples(Row(talk, None, "a:1"))
+    assert dict(chat.repairs) == {FOLDED: 1, TOLD: 1, ALONE: 1}
+    assert count < 12 * 20, "twenty answers"
 
 
 def test_calls_get_the_ids_that_a_template_asks_for() -> None:

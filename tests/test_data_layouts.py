@@ -9,6 +9,7 @@ import pytest
 from test_data_formats import ANSWER, GOOD, USER, lines, told, turns, write
 
 from tsugiki.data.formats import read_rows
+from tsugiki.data.layouts import detect
 from tsugiki.errors import DataError
 
 JOINED: dict[str, tuple[dict[str, object], str]] = {
@@ -376,3 +377,20 @@ def test_mostly_another_encoding_is_one_error_with_the_fix(tmp_path: Path, name:
     assert "3 of 4" in str(caught.value.got)
     write(tmp_path, "b.jsonl", lines(GOOD))
     assert any("iconv -f cp932" in note for note in read_rows(tmp_path).notes)
+
+
+@pytest.mark.parametrize(
+    ("row", "layout"),
+    [
+        ({"text": "a long text", "data": ["a", "b"]}, "text"),
+        ({"question": "q", "answer": "a", "dialogue": [{"speaker": "Amy", "text": "hi"}]},
+         "question/answer"),
+        ({"prompt": "p", "completion": "c", "contents": [{"role": "user"}]}, "prompt/completion"),
+        ({"dialogue": ["hi", "ho"], "summary": "they greet"}, None),
+        ({"dialogue": [{"speaker": "Amy", "text": "hi"}], "summary": "s"}, None),
+    ],
+)  # fmt: skip
+def test_lists_under_other_names_stand_behind_what_is_plain(
+    row: dict[str, object], layout: str | None
+) -> None:
+    assert detect(row) == layout

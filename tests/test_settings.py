@@ -35,7 +35,11 @@ MISTAKEN = {
     "LLaMA-Factory's": ("lora: {lora_target: 'q_proj,v_proj'}", "fix:     lora: {targets: 'q_proj"),
     "in its section": ("model: {path: x}", "did you mean model.name?"),
     "with a dot": ("lora.r: 4", "fix:     lora: {r: 4}"),
-    "another value": ("load_in_4bit: true", "fix:     model: {quantize: nf4}"),
+    "another word": ("load_in_4bit: true", "fix:     model: {quantize: nf4}"),
+    "eight bits": ("quantization_bit: 8", "fix:     model: {quantize: int8}"),
+    "another meaning": ("train_on_inputs: true", "fix:     data: {train_on: …}"),
+    "mlx-lm's": ("lora: {scale: 10.0}", "fix:     lora: {alpha: …}"),
+    "another optimiser": ("optim: sgd", "fix:     train: {optimizer: …}"),
     "a usual name misspelt": ("train: {num_train_epoch: 2}", "did you mean train.epochs?"),
     "range": (
         "\nlora:\n  r: 0",

@@ -315,7 +315,8 @@ def _working(place: Place, value: Any) -> Any:
     section, name = (SECTIONS[place[0]] if len(place) > 1 else RunConfig), place[-1]
     extra = section.model_fields[name].json_schema_extra
     works = extra.get("works") if isinstance(extra, dict) else None
-    for candidate in (value, str(value)) if isinstance(value, str | int | float) else (value,):
+    texts = (str(value),) if isinstance(value, str | int | float) and value is not True else ()
+    for candidate in (value, *texts):
         with contextlib.suppress(ValidationError):
             section.model_validate({name: candidate})
             return candidate
@@ -336,6 +337,8 @@ def read_yaml(path: Path) -> FromFile:
     except UnicodeDecodeError as error:
         fix = "save it as UTF-8"
         raise UsageError(f"{path} is not valid YAML: {error}", fix=fix) from None
+    except RecursionError:
+        raise UsageError(f"{path} is nested too deeply", fix="mend --config") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)

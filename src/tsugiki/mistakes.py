@@ -18,7 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from tsugiki.errors import UsageError
-from tsugiki.spellings import USUAL_NAMES
+from tsugiki.spellings import OTHERWISE, USUAL_NAMES, USUAL_VALUES
 
 Place = tuple[str, ...]
 # A guess further off than this is wrong more often than right: rank is no train, sgd no seed.
@@ -145,7 +145,11 @@ def _misplaced(item: dict[str, Any], place: Place, known: Known, written: str | 
     if meant is None:
         inside = place[0] if len(place) > 1 else ""
         return _Mistake(f"{said}; known: {', '.join(known.sections[inside])}")
-    fix = _as_yaml(meant, given, known)
+    word = plain(place[-1])
+    if isinstance(given, bool | int):
+        given = USUAL_VALUES.get((word, given), given)
+    works = None if word in OTHERWISE else given
+    fix = _as_yaml(meant, works, known)
     return _Mistake(f"{said}; did you mean {'.'.join(meant)}?", fix=fix)
 
 
@@ -177,10 +181,10 @@ def _bad_value(item: dict[str, Any], place: Place, known: Known, written: str | 
 
 
 def _as_yaml(place: Place, value: Any, known: Known) -> str:
-    """The setting as it is written in a file, with the value that was given if it can be."""
+    """The setting as it is written in a file, with the value that was given if it takes that."""
     *section, key = place
-    works = known.working(place, value) if place in known.flags else None
-    if works is None or isinstance(works, dict):
+    works = known.working(place, value) if place in known.flags and value is not None else None
+    if works is None or isinstance(works, dict) or works not in (value, str(value)):
         shown = f"{{{key}: …}}" if section else f"{key}: …"
     else:
         shown = yaml.safe_dump(

@@ -84,6 +84,15 @@ FLAG_NAMES: dict[str, str] = {
     "num_predict": "--max-tokens", "repeat_penalty": "--repetition-penalty",
     "rep_penalty": "--repetition-penalty", "system_prompt": "--system", "temp": "--temperature",
 }  # fmt: skip
+# What they mean by a value, where that is another word; names whose values mean something else.
+USUAL_VALUES: dict[tuple[str, Any], Any] = {
+    ("load_in_4bit", True): "nf4", ("4bit", True): "nf4", ("qlora", True): "nf4",
+    ("bits", 4): "nf4", ("quantization_bit", 4): "nf4", ("load_in_8bit", True): "int8",
+    ("bits", 8): "int8", ("quantization_bit", 8): "int8", ("load_in_4bit", False): "none",
+    ("load_in_8bit", False): "none", ("lora_target_linear", True): "all-linear",
+}  # fmt: skip
+OTHERWISE = {"scale", "train_on_input", "train_on_inputs", "mask_prompt", "warmup_steps",
+             "lr_warmup_steps", "num_warmup_steps"}  # fmt: skip
 USUAL_NAMES = {name: place for place, names in _NAMES.items() for name in names.split()}
 ROLES = ("prompt", "answer", "system", "text")  # of --columns
 

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tsugiki.data.ending import ASKED, continued, find_call_stop, find_stop, unopened
-from tsugiki.data.example import IGNORED, Example
+from tsugiki.data.example import IGNORED, Example, make_example
 from tsugiki.data.rendering import CLOCK, Watch, check_template, today, with_date
 from tsugiki.data.repairs import ENDED, forms, unended, up_to_each
 from tsugiki.data.row import THOUGHTS, Message, Row, RowProblem, first_question
@@ -181,14 +181,19 @@ class ChatFormat:
         return ids
 
     def prompt_ids(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        likely: Sequence[str] = (),
     ) -> list[int]:
         """What the model sees before it answers. Used by training, samples, chat and show.
+
+        likely: names of repairs that the whole conversation got.
 
         Raises:
             RowProblem: the template refuses the conversation, also after repair.
         """
-        messages, _ = self.repair(messages, tools)
+        messages, _ = next(self._repaired(messages, tools, likely))
         return self.encode(self.render(messages, answer_next=True, tools=tools))
 
     def examples(self, row: Row, train_on: str = "assistant") -> list[Example]:
@@ -201,18 +206,21 @@ class ChatFormat:
         if row.text is not None:
             return [self._raw(row)]
         first: RowProblem | None = None
-        for messages, repairs in self._repaired(row.messages, row.tools):
+        forms = self._repaired(row.messages, row.tools)
+        while True:
             try:
-                found = self._examples(messages, row, train_on, changed=bool(repairs))
+                messages, repairs = next(forms)
+                found = self._examples(messages, row, train_on, repairs)
             except RowProblem as problem:
                 first = first or problem
                 continue
+            except StopIteration:
+                raise first or RowProblem("no turns") from None
             self.repairs.update(repairs)
             return found
-        raise first or RowProblem("no turns")
 
     def _examples(
-        self, messages: tuple[Message, ...], row: Row, train_on: str, *, changed: bool
+        self, messages: tuple[Message, ...], row: Row, train_on: str, repairs: tuple[str, ...]
     ) -> list[Example]:
         answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
         if not answers:
@@ -230,31 +238,32 @@ class ChatFormat:
         messages, ended = unended(messages, every, self.stops)
         if train_on == "last":
             answers = answers[-1:]
-        silent = untrained if train_on == "everything" else []
-        asked = up_to_each(row.messages, every, self.stops) if changed else {}
-        spans = [self._answer(messages, i, row, asked.get(i)) for i in answers]
+        everything = int(self.starts_with_bos) if train_on == "everything" else None
+        silent = [] if everything is None else untrained
+        asked = up_to_each(row.messages, every, self.stops) if repairs else {}
+
+        def located(i: int) -> tuple[list[int], int]:
+            return self._answer(messages, i, row, asked.get(i), repairs)
+
+        spans = [located(i) for i in answers]
         self.repairs.update([ENDED] if ended else [])
         whole = spans[-1][0]
         key = first_question(messages)
         if all(whole[: len(ids)] == ids for ids, _ in spans):
             marks = [(begin, len(ids)) for ids, begin in spans]
-            unlearnt = [self._answer(messages, i, row) for i in silent if i < answers[-1]]
-            return [self._example(whole, marks, row, key, train_on, unlearnt)]
+            unlearnt = [located(i) for i in silent if i < answers[-1]]
+            return [make_example(whole, marks, row, key, everything, unlearnt)]
         return [
             replace(
-                self._example(
-                    ids,
-                    [(begin, len(ids))],
-                    row,
-                    key,
-                    train_on,
-                    [self._answer(messages, j, row) for j in silent if j < i],
+                make_example(
+                    ids, [(begin, len(ids))], row, key, everything,
+                    [located(j) for j in silent if j < i],
                 ),
                 row=replace(row, messages=asked.get(i, messages[: i + 1])),
                 single=True,
             )
             for i, (ids, begin) in zip(answers, spans, strict=True)
-        ]
+        ]  # fmt: skip
 
     def repair(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None
@@ -267,14 +276,21 @@ class ChatFormat:
         return next(self._repaired(messages, tools))
 
     def _repaired(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, likely: Sequence[str] = ()
     ) -> Iterator[tuple[tuple[Message, ...], tuple[str, ...]]]:
         """Every form of the conversation that the template takes, the least changed first."""
         original = tuple(messages)
         if not original:
             raise RowProblem("no turns")
         first: RowProblem | None = None
-        for candidate, names in forms(original):
+        search = forms(original, likely)
+        lost: str | None = None
+        while True:
+            try:
+                candidate, names = search.send(lost)
+            except StopIteration:
+                break
+            lost = None
             try:
                 self.render(candidate, answer_next=candidate[-1].role != "assistant", tools=tools)
                 lost = self.written.lost(candidate, tools) if self.template is None else None
@@ -292,7 +308,8 @@ class ChatFormat:
         messages: tuple[Message, ...],
         index: int,
         row: Row,
-        asked: tuple[Message, ...] | None = None,
+        asked: tuple[Message, ...] | None,
+        repairs: tuple[str, ...],
     ) -> tuple[list[int], int]:
         """Ids up to and with the stop token of the answer at `index`, and where it begins.
 
@@ -307,7 +324,9 @@ class ChatFormat:
                 upto = before + self._unopened(messages[: index + 1], before, row.tools)
                 ids = self.encode(upto)
             if ids[: len(prompt)] != prompt:
-                ids = prompt + continued(upto[len(before) :], self.encode)
+                ids = prompt + continued(
+                    upto[len(before) :], self.encode, self.tokenizer.unk_token_id
+                )
         if self.appends_stop:
             ids = [*ids, self.stop_id]
         tail = ids[len(prompt) :]
@@ -318,7 +337,7 @@ class ChatFormat:
         if end < 2:
             raise RowProblem(f"turn {index + 1}: the answer has no tokens")
         if asked is not None:
-            prompt = self.prompt_ids(asked[:-1], row.tools)
+            prompt = self.prompt_ids(asked[:-1], row.tools, repairs)
         return prompt + tail[:end], len(prompt)
 
     def _unopened(
@@ -338,29 +357,6 @@ class ChatFormat:
         if found is None:
             raise RowProblem(f"turn {len(messages)}: {DIFFERS}")
         return found
-
-    def _example(
-        self,
-        ids: list[int],
-        spans: list[tuple[int, int]],
-        row: Row,
-        key: str,
-        train_on: str,
-        unlearnt: list[tuple[list[int], int]],
-    ) -> Example:
-        if train_on == "everything":
-            labels = list(ids)
-            if self.starts_with_bos:
-                labels[0] = IGNORED
-            for answer, begin in unlearnt:  # of weight 0
-                if ids[: len(answer)] != answer:
-                    raise RowProblem("an answer of weight 0 cannot be located")
-                labels[begin : len(answer)] = [IGNORED] * (len(answer) - begin)
-        else:
-            labels = [IGNORED] * len(ids)
-            for begin, end in spans:
-                labels[begin:end] = ids[begin:end]
-        return Example(tuple(ids), tuple(labels), row.source, key, row)
 
     def _raw(self, row: Row) -> Example:
         assert row.text is not None

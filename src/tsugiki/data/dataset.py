@@ -245,8 +245,9 @@ def _unknown(kept: list[Example], chat: ChatFormat) -> list[str]:
         for example in touched
         if example.row is not None
     )
-    letters = dict.fromkeys(c for text in answers for c in text if unknown in chat.encode(c))
-    named = ", ".join(repr(c)[1:-1] for c in itertools.islice(letters, NAMED_LETTERS))
+    letters = dict.fromkeys(letter for text in answers for letter in text)
+    unknown_letters = (letter for letter in letters if unknown in chat.encode(letter))
+    named = ", ".join(repr(c)[1:-1] for c in itertools.islice(unknown_letters, NAMED_LETTERS))
     return [
         f"{chat.tokenizer.unk_token} is trained {count:,} times in {len(touched):,} of "
         f"{len(kept):,} examples: the tokenizer does not know {named or 'their text'}; an answer "

@@ -13,7 +13,6 @@ from tsugiki.data.written import MARKER
 
 ASKED = Message("user", "a")
 CALL = {"id": "call00001", "type": "function", "function": {"name": MARKER, "arguments": {}}}
-CALLED = Message("assistant", "", ((CALLS, [CALL]),))
 
 Render = Callable[[Sequence[Message]], str]
 Encode = Callable[[str], list[int]]
@@ -27,29 +26,37 @@ def find_stop(render: Render, encode: Encode, added: set[int]) -> int | None:
 
 
 def find_call_stop(render: Render, encode: Encode, added: set[int], stop: int) -> int:
-    """What ends an answer that calls a tool: the same, or a token of its own (gpt-oss)."""
-    after = _after(CALLED, render, encode)
-    if stop in after:
+    """What ends an answer that calls a tool: the same, or a token of its own (gpt-oss).
+
+    What closes each of two calls is no end of the answer.
+    """
+    once, twice = (
+        _after(Message("assistant", "", ((CALLS, [CALL] * count),)), render, encode)
+        for count in (1, 2)
+    )
+    if stop in once:
         return stop
-    return next((i for i in reversed(after) if i in added), stop)
+    ends = (i for i in reversed(once) if i in added and twice.count(i) <= once.count(i))
+    return next(ends, stop)
 
 
 def _after(answer: Message, render: Render, encode: Encode) -> list[int]:
-    """The tokens that follow the mark of an answer."""
+    """The tokens that follow the first mark of an answer."""
     try:
         text = render((ASKED, answer))
     except RowProblem:
         return []
-    return encode(text[text.rindex(MARKER) + len(MARKER) :]) if MARKER in text else []
+    return encode(text[text.index(MARKER) + len(MARKER) :]) if MARKER in text else []
 
 
-def continued(text: str, encode: Encode) -> list[int]:
+def continued(text: str, encode: Encode, unknown: int | None) -> list[int]:
     """The tokens of a text that goes on from another: without the blank that sentencepiece puts
-    before a text of its own.
+    before a text of its own. unknown: the tokenizer's token for what it does not know.
     """
     line = encode("\n")
     both = encode(f"\n{text}")
-    return both[len(line) :] if both[: len(line)] == line else encode(text)
+    usable = line and unknown not in line and both[: len(line)] == line
+    return both[len(line) :] if usable else encode(text)
 
 
 def unopened(before: str, marked: str, thought: str, said: str) -> str | None:
@@ -75,5 +82,5 @@ def unopened(before: str, marked: str, thought: str, said: str) -> str | None:
     if tag and said.lstrip().startswith(tag):
         said = said.lstrip().removeprefix(tag).removeprefix(opened[len(opened.rstrip()) :])
     elif thought and (name := re.fullmatch(r"<(\w+)>", tag)):
-        said = f"{thought}\n</{name[1]}>\n\n{said}"
+        said = f"{thought.strip()}\n</{name[1]}>\n\n{said}"
     return said + rest.removeprefix(MARKER)

@@ -49,11 +49,9 @@ PYTHON_LIMIT = 1 << 20  # characters of a list as Python writes it
 
 def detect(value: Mapping[str, Any]) -> str | None:
     """The layout of one record by its columns, or None."""
-    for name, column in LISTS.items():
-        held = value.get(column)
-        if name not in VAGUE and isinstance(held, str) and OBJECTS.match(held):
-            return name
-        if isinstance(held, list) and (name in OWN or is_turn(next(iter(held), None))):
+    for name in OWN:
+        held = value.get(LISTS[name])
+        if isinstance(held, list) or (isinstance(held, str) and OBJECTS.match(held)):
             return name
     for name, (prompt, answer) in PAIRS.items():
         if prompt not in value or answer not in value:
@@ -61,10 +59,24 @@ def detect(value: Mapping[str, Any]) -> str | None:
         nested = isinstance(value[answer], list | dict)
         if name != "text/output" or not nested or _alternating(value[prompt], value[answer]):
             return name
+    if "text" in value and not is_tree(value):
+        return "text"
     for name, column in LISTS.items():
-        if isinstance(value.get(column), list) and spoken(value[column]) is not value[column]:
+        held = value.get(column)
+        if isinstance(held, str) and name not in VAGUE and OBJECTS.match(held):
             return name
-    return "text" if "text" in value and not is_tree(value) else None
+        if isinstance(held, list) and (is_turn(next(iter(held), None)) or _alone(value, column)):
+            return name
+    return None
+
+
+def _alone(value: Mapping[str, Any], column: str) -> bool:
+    """Whether a list of texts in turn is all that a row holds but its number."""
+    held = value[column]
+    others = [
+        k for k, v in value.items() if k != column and not k.lower().endswith("id") and holds(v)
+    ]
+    return not others and spoken(held) is not held
 
 
 def is_tree(value: Mapping[str, Any]) -> bool:
@@ -85,11 +97,11 @@ def by_layout(record: Record, layout: str) -> tuple[Row, tuple[str, ...]]:
         if not isinstance(value.get("text"), str | None):
             raise RowProblem("the column 'text' is not a text")
         return raw_text(text_of(value, "text"), record.source), ("text",)
-    if layout == "prompt/completion" and value.get("label") is False:  # as KTO's rows have it
+    judged = value.get("label") if layout == "prompt/completion" else None  # as KTO's rows have it
+    if judged is False or (isinstance(judged, str) and judged.lower() == "false"):
         raise RowProblem("'label' is false: the completion is not one to learn")
     row, used = _paired(record, *PAIRS[layout])
-    judged = layout == "prompt/completion" and value.get("label") is True
-    return row, (*used, "label") if judged else used
+    return row, (*used, "label") if judged is True or judged in ("True", "true") else used
 
 
 def shown(layout: str, used: set[str]) -> str:

@@ -5,13 +5,14 @@ Knows no template: which form one takes is found by rendering (`chat.py`).
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from tsugiki.data.row import CALLS, Message, RowProblem
+from tsugiki.data.written import BESIDE, LEFT_OUT, UNREADABLE
 
 FOLDED = "system turn put into a user turn"
 TOLD = "tool turn put as a user turn"
@@ -21,26 +22,45 @@ NUMBERED = "tool calls numbered"
 JOINED = "turns of one role joined"
 ENDED = "stop token that an answer ended with taken off"
 UNASKED = "opening answer that nothing asked for left out"
+REMEDIES: dict[str | None, str] = {
+    f"{LEFT_OUT} the system turn": FOLDED,
+    f"{LEFT_OUT} the tool turn": TOLD,
+    BESIDE: ALONE,
+    UNREADABLE: AS_TEXT,
+}
 
 Messages = tuple[Message, ...]
 
 
-def forms(messages: Messages) -> Iterator[tuple[Messages, tuple[str, ...]]]:
-    """Each form once, the fewest changes first, with the names of what was done."""
+def forms(
+    messages: Messages, likely: Sequence[str] = ()
+) -> Generator[tuple[Messages, tuple[str, ...]], str | None, None]:
+    """Each form once, the fewest changes first, with the names of what was done.
+
+    It may be sent what was wrong with a form (`written.py`): then only what helps is added to that.
+
+    Args:
+        likely: names of what helped in a conversation of which this is the beginning.
+    """
     asked = _asked(messages)
     began = () if asked == messages else (UNASKED,)
-    of_calls = [step for step in OF_CALLS if step[1](asked) != asked]
-    steps = (FOLDING, *of_calls, *LAST)
+    steps = dict([FOLDING, *(step for step in OF_CALLS if step[1](asked) != asked), *LAST])
+    waiting = deque([(), tuple(name for name in steps if name in likely)])
     told: list[Messages] = []
-    for count in range(len(steps) + 1):
-        for chosen in itertools.combinations(steps, count):
-            form, names = asked, list(began)
-            for name, step in chosen:
-                before, form = form, step(form)
-                names += [name] if form != before else []
-            if form not in told:
-                told.append(form)
-                yield form, tuple(dict.fromkeys(names))
+    while waiting:
+        chosen = waiting.popleft()
+        form, names = asked, list(began)
+        for name in chosen:
+            before, form = form, steps[name](form)
+            names += [name] if form != before else []
+        if form in told:
+            continue
+        told.append(form)
+        lost = yield form, tuple(dict.fromkeys(names))
+        helps = [REMEDIES[lost]] if lost in REMEDIES else steps
+        for name in helps:
+            if name in steps and name not in chosen:
+                waiting.append(tuple(n for n in steps if n == name or n in chosen))
 
 
 def _asked(messages: Messages) -> Messages:
@@ -93,20 +113,20 @@ def _arguments_as_text(messages: Messages) -> Messages:
 def _number_calls(messages: Messages) -> Messages:
     """Ids of nine letters and digits, as Mistral's templates want them; results name them."""
     out: list[Message] = []
-    open_calls: dict[Any, str] = {}  # its own id, or its place → the new one
+    waiting: list[tuple[str, str]] = []  # ids of calls without a result, as they were and as now
     for i, message in enumerate(messages):
         extra = dict(message.extra)
         if message.calls:
             ids = [f"call{i % 1000:03}{k % 100:02}" for k in range(len(message.calls))]
-            olds = [call.get("id") or k for k, call in enumerate(message.calls)]
-            open_calls = dict(zip(olds, ids, strict=True))
-            calls = [{**c, "id": new} for c, new in zip(message.calls, ids, strict=True)]
-            message = message.with_calls(calls)
-        elif message.role == "tool" and open_calls:
-            old = extra.get("tool_call_id")
-            old = old if old in open_calls else next(iter(open_calls))
-            new = open_calls.pop(old)
-            message = replace(message, extra=tuple({**extra, "tool_call_id": new}.items()))
+            waiting = [(str(c.get("id")), new) for c, new in zip(message.calls, ids, strict=True)]
+            message = message.with_calls(
+                [{**c, "id": new} for c, new in zip(message.calls, ids, strict=True)]
+            )
+        elif message.role == "tool" and waiting:
+            own = str(extra.get("tool_call_id"))
+            place = next((n for n, (old, _) in enumerate(waiting) if old == own), 0)
+            extra["tool_call_id"] = waiting.pop(place)[1]
+            message = replace(message, extra=tuple(extra.items()))
         out.append(message)
     return tuple(out)
 

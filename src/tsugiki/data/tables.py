@@ -15,6 +15,9 @@ from typing import Any
 
 UNCLOSED = "a quote opens in this line and is not closed"
 REST = "a quote without its other half, after a line that could not be read"
+# Names of a list of rows, not of a column.
+PARTS = {"train", "test", "validation", "valid", "dev", "data", "rows", "columns", "index",
+         "messages", "conversations"}  # fmt: skip
 MOST_AGAIN = 20_000_000  # lines read again in one table; only a hostile one comes near
 
 
@@ -81,6 +84,8 @@ def split(lines: Iterator[tuple[int, str]], delimiter: str) -> Iterator[Cells]:
 def rows_of_columns(table: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of an object of equally long columns, as tables are kept as JSON; [] of others."""
     columns = list(table.values())
+    if not PARTS.isdisjoint(table):
+        return []
     if len(columns) < 2 or not all(isinstance(column, list) for column in columns):
         return []
     objects = any(isinstance(cell, dict) for column in columns for cell in column)

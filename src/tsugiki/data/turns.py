@@ -99,9 +99,9 @@ def unread_keys(items: list[Any]) -> list[str]:
 
 
 def is_turn(item: Any) -> bool:
-    """Whether it says who speaks, or holds a question and its answer."""
-    spoken_by = isinstance(item, dict) and not item.keys().isdisjoint(SPEAKERS)
-    return spoken_by or _is_round(item)
+    """Whether it says who speaks, in a word known here, or holds a question and its answer."""
+    said = item.get(_first(item, SPEAKERS)) if isinstance(item, dict) else None
+    return _is_round(item) or (isinstance(said, str) and said.strip().lower() in ROLES)
 
 
 def text_of_parts(parts: Any) -> str | None:

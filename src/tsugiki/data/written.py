@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tsugiki.data.files import parse
 from tsugiki.data.row import Message, RowProblem
 
 MARKER = "zxqj"
@@ -37,9 +38,12 @@ class Written:
         or a call's arguments; None where all is there. A template that refuses the marks is
         believed.
         """
-        kinds = tuple((m.role, bool(m.content.strip()), _kinds(m)) for m in messages)
-        if all(role in ("user", "assistant") and not calls for role, _, calls in kinds):
+        if all(m.role in ("user", "assistant") and not m.calls for m in messages):
             return None
+        kinds = tuple(
+            (m.role, bool(m.content.strip()), _kinds(m), tuple(key for key, _ in m.extra))
+            for m in messages
+        )
         known = (kinds, bool(tools))
         if known not in self._lost:
             self._lost[known] = self._find_lost(messages, tools)
@@ -102,18 +106,27 @@ def _renamed(call: dict[str, Any]) -> dict[str, Any]:
 def _marked(call: dict[str, Any]) -> dict[str, Any]:
     """A call whose only argument is called MARKER, as object or text as before."""
     inner = call.get("function")
-    if not isinstance(inner, dict) or not inner.get("arguments"):
+    kind = _kind(inner)
+    if not isinstance(inner, dict) or kind not in ("dict", "str"):
         return call
-    held: Any = {MARKER: 1}
-    if isinstance(inner["arguments"], str):
-        held = json.dumps(held)
-    return {**call, "function": {**inner, "arguments": held}}
+    held = {MARKER: 1}
+    return {
+        **call,
+        "function": {**inner, "arguments": held if kind == "dict" else json.dumps(held)},
+    }
 
 
 def _kinds(message: Message) -> tuple[str, ...]:
     """How each call holds its arguments."""
-    functions = [call.get("function") for call in message.calls]
-    return tuple(
-        type(inner.get("arguments")).__name__ if isinstance(inner, dict) else "none"
-        for inner in functions
-    )
+    return tuple(_kind(call.get("function")) for call in message.calls)
+
+
+def _kind(function: Any) -> str:
+    """dict, or str where a text holds an object as JSON; else none."""
+    held = function.get("arguments") if isinstance(function, dict) else None
+    if isinstance(held, str):
+        try:
+            return "str" if isinstance(parse(held), dict) else "none"
+        except ValueError:
+            return "none"
+    return "dict" if isinstance(held, dict) and held else "none"

@@ -47,20 +47,23 @@ def projection(module: nn.Module) -> Projection | None:
 
 
 def _multiplies(module: nn.Linear) -> bool:
-    """Whether it gives the product alone; routers that inherit from nn.Linear give a choice."""
+    """Whether a subclass of nn.Linear gives one tensor of the product's shape, by its own forward;
+    routers that inherit from it give a choice. Asked once a class, without hooks.
+    """
     kind = type(module)
     if kind.forward is nn.Linear.forward:
         return True
     if kind not in _FORWARDS:
         weight = module.weight
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        one = torch.ones(1, 1, module.in_features, dtype=dtype, device=weight.device)
         try:
-            with torch.no_grad():
-                one = torch.ones(1, module.in_features, dtype=weight.dtype, device=weight.device)
-                given, wanted = module(one), nn.functional.linear(one, weight, module.bias)
-            same = type(given) is Tensor and given.shape == wanted.shape
-            _FORWARDS[kind] = same and (weight.is_meta or torch.allclose(given, wanted))
-        except Exception:  # whatever a forward of its own raises means: not the product
-            _FORWARDS[kind] = False
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                given = kind.forward(module, one)
+        except Exception:  # it wants another input: nothing was learnt of what it gives
+            return True
+        shape = (1, 1, module.out_features)
+        _FORWARDS[kind] = isinstance(given, Tensor) and given.shape == shape
     return _FORWARDS[kind]
 
 
