@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from pathlib import Path
 
@@ -148,3 +149,19 @@ def test_yaml_takes_what_flags_take(tmp_path: Path) -> None:
     flags = {"lora": {"targets": "k_proj,"}, "data": {"columns": "text=t"}}
     config = build_config(read_yaml(tmp_path / "c.yaml"), flags)
     assert (config.lora.targets, config.data.columns) == (("k_proj",), {"text": "t"})
+
+
+def test_what_yaml_makes_of_a_few_lines_is_not_printed_whole(tmp_path: Path) -> None:
+    """Nine lists of nine lists of …: a billion words."""
+    names = "abcdefghi"
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    for before, name in itertools.pairwise(names):
+        lines.append(f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]")
+    file = tmp_path / "c.yaml"
+    file.write_text("\n".join([*lines, "train: *i"]))
+    with pytest.raises(UsageError) as caught:
+        build_config(read_yaml(file))
+    assert len(str(caught.value)) < 5_000
+    file.write_text("train: {1: 2}")
+    with pytest.raises(UsageError, match=r"c\.yaml must hold a mapping"):
+        read_yaml(file)

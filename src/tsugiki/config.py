@@ -346,15 +346,21 @@ def read_yaml(path: Path) -> FromFile:
         raise UsageError(f"{place}: not valid YAML: {said}", fix="mend that line") from None
     if loaded is None:
         return FromFile({}, path, {})
-    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+    if not isinstance(loaded, dict) or not _are_named(loaded):
         raise UsageError(
-            f"{path} must hold a mapping of sections",
+            f"{path} must hold a mapping of sections, with names as keys",
             got=type(loaded).__name__,
             allowed=", ".join(RunConfig.model_fields),
         )
     empty = [key for key, value in loaded.items() if key in SECTIONS and value is None]
     said = {key: value for key, value in loaded.items() if key not in empty}
     return FromFile(said, path, lines_of(text))
+
+
+def _are_named(loaded: dict[Any, Any]) -> bool:
+    """Whether all keys are texts, of the sections too."""
+    sections = (held for held in loaded.values() if isinstance(held, dict))
+    return all(isinstance(key, str) for keys in (loaded, *sections) for key in keys)
 
 
 def flags_by_place() -> dict[Place, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ Place = tuple[str, ...]
 NEAR = 0.75
 KINDS = {"int": "takes a whole number", "float": "takes a number", "bool": "takes true or false",
          "string": "takes a text", "path": "takes a path"}  # fmt: skip
+SHORT = reprlib.Repr()  # YAML can say a billion words in six lines
+SHORT.maxstring = SHORT.maxother = 120
+SHORT.maxlevel = 3
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def _misplaced(item: dict[str, Any], place: Place, known: Known, written: str | 
     at, given, dotted = f"{written}: " if written else "", item["input"], ".".join(place)
     if item["type"] != "extra_forbidden":
         meant: Place | None = (place[0], known.sections[place[0]][0])
-        said = f"{at}{dotted} is a section of settings (got {given!r})"
+        said = f"{at}{dotted} is a section of settings (got {SHORT.repr(given)})"
     else:
         meant = _meant(place, known)
         said = f"{at}unknown setting {dotted!r}"
@@ -162,7 +166,7 @@ def _bad_value(item: dict[str, Any], place: Place, known: Known, written: str | 
     if item["type"] == "literal_error":
         expected = item["ctx"]["expected"]
         choices = re.findall(r"'([^']*)'", expected) or [expected]
-        near = nearest(str(given), choices)
+        near = nearest(given, choices) if isinstance(given, str) else None
         said = "no such value" + (f"; did you mean {near!r}?" if near else "")
     else:
         kind = KINDS.get(item["type"].split("_")[0])
@@ -177,14 +181,15 @@ def _bad_value(item: dict[str, Any], place: Place, known: Known, written: str | 
         named = f"{flag} ({dotted})"
         shown = format(works, "g") if isinstance(works, float) else str(works)
         fix = None if works is None else f"{flag} {shlex.quote(shown)}"
-    return _Mistake(f"{named}: {said}", repr(given), ", ".join(choices) or None, fix)
+    return _Mistake(f"{named}: {said}", SHORT.repr(given), ", ".join(choices) or None, fix)
 
 
 def _as_yaml(place: Place, value: Any, known: Known) -> str:
     """The setting as it is written in a file, with the value that was given if it takes that."""
     *section, key = place
     works = known.working(place, value) if place in known.flags and value is not None else None
-    if works is None or isinstance(works, dict) or works not in (value, str(value)):
+    same = works is value or (isinstance(value, str | int | float) and works == str(value))
+    if works is None or isinstance(works, dict) or not same:
         shown = f"{{{key}: …}}" if section else f"{key}: …"
     else:
         shown = yaml.safe_dump(

@@ -36,7 +36,7 @@ from tsugiki.models.isolation import probe_isolation, refuse_encoder
 from tsugiki.models.quantized import quantize_modules
 from tsugiki.models.quantized_load import load_quantized, notes_on_base
 from tsugiki.models.quantized_store import Origin, is_quantized_folder, load_stored, read_origin
-from tsugiki.models.shards import whole_shards
+from tsugiki.models.shards import stops_in, whole_shards
 from tsugiki.models.spec import ModelSpec, NameMap, load_config, refuse_code
 from tsugiki.models.tune import Tuned, tune
 from tsugiki.models.unused import notes_on_unused
@@ -79,8 +79,8 @@ class Base:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer, as the base's own files say; a chat format has its own."""
-        said = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        return tuple(i for i in (said if isinstance(said, list) else [said]) if isinstance(i, int))
+        config = getattr(self.model, "config", None)
+        return tuple(stops_in(self.folder, getattr(config, "eos_token_id", None)))
 
     def fingerprint(self) -> Fingerprint:
         """Identity of the stored tensors, of the 16-bit base where they are quantised."""

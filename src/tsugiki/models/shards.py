@@ -248,12 +248,17 @@ def read_generation(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def stops_of(model: StoredModel) -> list[int]:
-    """Ids that end an answer, as a base's own files say."""
-    said = read_generation(model.folder)
-    known = said.get("eos_token_id", None if said else model.setting("eos_token_id"))
+def stops_in(folder: Path, otherwise: Any) -> list[int]:
+    """Ids that end an answer: generation_config.json's, or the config's where that is not there."""
+    said = read_generation(folder)
+    known = said.get("eos_token_id", None if said else otherwise)
     listed = known if isinstance(known, list) else [known]
     return [index for index in listed if isinstance(index, int)]
+
+
+def stops_of(model: StoredModel) -> list[int]:
+    """Ids that end an answer, as a base's own files say."""
+    return stops_in(model.folder, model.setting("eos_token_id"))
 
 
 def whole_shards(folder: Path) -> tuple[Shard, ...]:
